@@ -1,0 +1,48 @@
+# Every target makes .venv first; nothing needs to be installed by hand.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: .venv demo test test-kill test-slow test-gpu test-lowest lint bench clean
+
+.venv: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: .venv
+	$(BIN)/lightning-ft demo
+
+test: .venv
+	$(BIN)/python -m pytest -m "not slow and not gpu and not kill"
+
+test-kill: .venv
+	$(BIN)/python -m pytest -m kill
+
+test-slow: .venv
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: .venv
+	$(BIN)/python -m pytest -m gpu
+
+# The lowest versions that pyproject.toml admits, in an environment of their own (several GB: torch's CUDA build).
+test-lowest:
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
+	.venv-lowest/bin/python -m pytest -m "not slow and not gpu and not kill"
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv
+	$(BIN)/python benchmarks/vs_hf_trainer.py
+	$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info runs
