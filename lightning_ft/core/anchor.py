@@ -1,0 +1,76 @@
+"""The pretrained weights θ⁰, kept while θ moves away from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class Anchor:
+    """Reference tensors by parameter name, with a fingerprint that tells one set of weights from another.
+
+    Args:
+        tensors: Name to reference value. They are kept as they are: pass copies that nothing else writes to.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> anchor = Anchor.capture(layer.named_parameters())
+        >>> sorted(anchor.tensors)
+        ['bias', 'weight']
+        >>> anchor.check(anchor.fingerprint())
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    @classmethod
+    def capture(cls, named_parameters: Iterable[tuple[str, Tensor]]) -> Anchor:
+        """Copy the present values, detached, on their device and in their dtype."""
+        return cls({name: parameter.detach().clone() for name, parameter in named_parameters})
+
+    def like(self, named_parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
+        """The references of these parameters, in their order, moved to their device and dtype.
+
+        Raises:
+            KeyError: A parameter has no reference of its name.
+            ValueError: A reference has another shape than its parameter.
+        """
+        references = []
+        for name, parameter in named_parameters:
+            reference = self.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
+            if reference.shape != parameter.shape:
+                raise ValueError(
+                    f"the anchor of {name} has shape {tuple(reference.shape)}, the parameter "
+                    f"{tuple(parameter.shape)}: capture it where the parameter has its final shape"
+                )
+            self.tensors[name] = reference
+            references.append(reference)
+        return references
+
+    def fingerprint(self) -> dict[str, float]:
+        """Number of tensors, number of values and their sum of squares: plain numbers, safe in any checkpoint."""
+        return {
+            "tensors": len(self.tensors),
+            "values": sum(tensor.numel() for tensor in self.tensors.values()),
+            "sum_of_squares": math.fsum(
+                float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in self.tensors.values()
+            ),
+        }
+
+    def check(self, expected: Mapping[str, float]) -> None:
+        """Compare with the fingerprint of an earlier run.
+
+        Raises:
+            ValueError: The weights are not those that the earlier run was anchored to.
+        """
+        found = self.fingerprint()
+        # The order of a parallel sum differs between machines, so the last digits may.
+        if any(not math.isclose(found[key], expected[key], rel_tol=1e-6) for key in found):
+            raise ValueError(
+                f"the model to resume starts from weights with fingerprint {found}, but the interrupted run was "
+                f"anchored to {dict(expected)}: build the model from the same pretrained weights "
+                "(not from a fine-tuned checkpoint) and let Trainer.fit(ckpt_path=...) restore the rest"
+            )

@@ -1,0 +1,118 @@
+"""Which block of a model each parameter feeds first, read off the autograd graph of one run on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def first_fed(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[dict[nn.Parameter, int], Exception | None]:
+    """The first block whose input each parameter reaches in a forward pass (``len(blocks)``: only the output).
+
+    Walks the autograd graph of a copy of ``module`` on the meta device, run on token ids. Where the run breaks off,
+    what was learnt before counts, and the error is returned; empty where the first block run takes no hidden state.
+    """
+    feeds: dict[nn.Parameter, int] = {}
+    twins: dict[nn.Module, nn.Module] = {}
+    tensors: dict[Tensor, Tensor] = {}
+    met: set[Any] = set()
+
+    def mark(index: int, values: Any) -> None:
+        nodes = [get_gradient_edge(tensor).node for tensor in _tensors(values) if tensor.requires_grad]
+        while nodes:
+            node = nodes.pop()
+            if node not in met:
+                met.add(node)
+                nodes += [parent for parent, _ in node.next_functions if parent is not None]
+                if (original := originals.get(getattr(node, "variable", None))) is not None:
+                    feeds.setdefault(original, index)
+
+    def enter(index: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if index not in met:
+            met.add(index)
+            if not next(_tensors((args, kwargs))).requires_grad:
+                raise ValueError("the blocks receive no hidden state computed from token ids")
+            mark(index, (args, kwargs))
+
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+            _ZeroScalars(),  # type: ignore[no-untyped-call]
+        ):
+            warnings.simplefilter("ignore")
+            twin = _meta_twin(module, twins, tensors)
+            originals: dict[Any, Any] = {copied: tensor for tensor, copied in tensors.items()}
+            for index, block in enumerate(blocks):
+                twins[block].register_forward_pre_hook(partial(enter, index), with_kwargs=True)
+            output = list(_tensors(twin(**_dummy_ids(twin))))
+            if not any(tensor.requires_grad for tensor in output):
+                raise ValueError("the output holds no tensor in tuples, lists or mappings")
+            mark(len(blocks), output)
+    except Exception as error:  # noqa: BLE001 - a stranger's forward may raise anything
+        return feeds, error
+    return feeds, None
+
+
+class _ZeroScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets a forward pass on meta tensors read a value (``if mask.all()``): it reads zero."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
+        return func(*args, **(kwargs or {}))
+
+
+def _meta_twin(module: nn.Module, twins: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor]) -> nn.Module:
+    """A copy in eval mode, without hooks, on meta tensors; attributes are shared, containers are copied one deep."""
+    if module in twins:
+        return twins[module]
+    source = module._modules.get("_orig_mod") or module  # torch.compile's wrapper would compile the original
+    twin: nn.Module = object.__new__(type(source))
+    nn.Module.__init__(twin)
+    twins[module] = twins[source] = twin
+
+    def on_meta(tensor: Tensor) -> Tensor:
+        if tensor not in tensors:
+            copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            learns = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
+            tensors[tensor] = nn.Parameter(copied, learns) if isinstance(tensor, nn.Parameter) else copied
+        return tensors[tensor]
+
+    # An instance's own `forward` (accelerate, compile) is bound to the original.
+    for key, value in vars(source).items():
+        if key not in vars(twin) and key not in ("forward", "_compiled_call_impl"):
+            plain = on_meta(value) if isinstance(value, Tensor) else value
+            vars(twin)[key] = copy.copy(plain) if isinstance(plain, (list, dict, set)) else plain
+    vars(twin)["training"] = False
+    twin._parameters = {k: p if p is None else on_meta(p) for k, p in source._parameters.items()}  # type: ignore[misc]
+    twin._buffers = {k: b if b is None else on_meta(b) for k, b in source._buffers.items()}
+    twin._modules = {k: m if m is None else _meta_twin(m, twins, tensors) for k, m in source._modules.items()}
+    return twin
+
+
+def _dummy_ids(module: nn.Module) -> dict[str, Tensor]:
+    """Token ids (batch 2, seq 7) for every required argument of ``forward``, and for each named ``*input_ids``."""
+    arguments = inspect.signature(module.forward).parameters.values()
+    required = [a.name for a in arguments if a.default is a.empty and a.kind is a.POSITIONAL_OR_KEYWORD]
+    names = required + [a.name for a in arguments if a.name.endswith("input_ids")]
+    return {name: torch.zeros(2, 7, dtype=torch.long, device="meta") for name in names}
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list, Mapping)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _tensors(value)

@@ -1,0 +1,79 @@
+"""Writes that are whole or absent: beside the target first, then one rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside ``target`` to write to; renamed onto ``target`` when the block ends without an error.
+
+    The temporary file lies in the target's own folder, since a rename is atomic only within one file system.
+
+    Args:
+        target: The file to write or replace. Its folder is made when absent.
+
+    Example:
+        >>> import tempfile
+        >>> target = Path(tempfile.mkdtemp()) / "labels.txt"
+        >>> with atomic_file(target) as path:
+        ...     _ = path.write_text("positive")
+        >>> target.read_text()
+        'positive'
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder beside ``target`` to fill; renamed to ``target`` when the block ends without an error.
+
+    Args:
+        target: The folder to create. It may exist only if it is empty: a folder with content cannot be
+            replaced by one rename, and what it holds is not ours to delete.
+
+    Raises:
+        FileExistsError: ``target`` is a file or a folder that is not empty.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder: name another one, or move it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename ``source`` onto ``target``, a file or a folder (a sharded checkpoint), whatever lies there.
+
+    A folder with content cannot be replaced in one step: it is moved aside first, and lost only when the new one
+    is in place.
+    """
+    if not target.is_dir():
+        os.replace(source, target)
+        return
+    aside = target.with_name(f".{target.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(target, aside)
+    os.replace(source, target)
+    shutil.rmtree(aside, ignore_errors=True)
