@@ -1,0 +1,10 @@
+"""Callbacks for any Lightning project; none of them needs a module of ours."""
+
+from lightning_ft.callbacks.discriminative_lr import DiscriminativeLR
+from lightning_ft.callbacks.exact_resume import ExactResume
+from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
+from lightning_ft.callbacks.l2_sp import L2SP
+from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
+from lightning_ft.callbacks.write_predictions import WritePredictions
+
+__all__ = ["DiscriminativeLR", "ExactResume", "GradualUnfreezing", "L2SP", "TrainingModeCheck", "WritePredictions"]

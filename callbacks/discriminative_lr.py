@@ -1,0 +1,136 @@
+"""Discriminative learning rates: the lower the layer, the smaller its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.functional.learning_rates import depth_multipliers
+
+
+class DiscriminativeLR(Callback):
+    """Multiply each parameter's learning rate by ``decay`` once for each block above it.
+
+    The factors are those of :func:`lightning_ft.functional.depth_multipliers`. They work on any optimiser and
+    under any scheduler: the optimiser's groups are split by depth only while ``step()`` runs (a pre- and a
+    post-hook), so its groups, its state dict and its schedulers stay its own. What a logger shows is the rate of
+    the head. AdamW multiplies its weight decay by the rate, so lower layers decay less, too.
+
+    Between the two hooks (in fp32 that includes ``training_step`` and ``on_before_optimizer_step``) code that
+    writes to ``optimizer.param_groups`` writes to the split ones: change rates through a scheduler.
+
+    Args:
+        decay: Factor from one block to the block below, in (0, 1].
+        head_gap: Exponent of the top block: 1 (ULMFiT, BEiT) or 2 (ELECTRA's code).
+        blocks: Path of the list of blocks, where it is not found by itself (see
+            :class:`~lightning_ft.core.LayerGroups`).
+        head: Paths of the head's modules, likewise.
+        groups: Regular expressions by group name, bottom to top, for a model without a list of blocks.
+
+    Raises:
+        ValueError: An argument is out of range; an optimiser holds a parameter that is not the module's.
+        TypeError: The optimiser is LBFGS, which has one rate for all.
+
+    Reference:
+        Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification".
+    """
+
+    def __init__(
+        self,
+        decay: float = 0.9,
+        *,
+        head_gap: int = 1,
+        blocks: str | Sequence[str] | None = None,
+        head: str | Sequence[str] | None = None,
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        depth_multipliers(["head"], decay=decay, head_gap=head_gap)  # refuses bad numbers now
+        self.decay = decay
+        self.head_gap = head_gap
+        self._blocks, self._head, self._groups = blocks, head, groups
+        self._splits: list[_SplitWhileStepping] = []
+
+    def groups(self, module: LightningModule) -> LayerGroups:
+        """The layer groups of this module, as this callback sees them."""
+        return LayerGroups.of(module, blocks=self._blocks, head=self._head, groups=self._groups)
+
+    def multipliers(self, module: LightningModule) -> dict[str, float]:
+        """The factor of each layer group of this module, bottom to top."""
+        return depth_multipliers(self.groups(module).names, decay=self.decay, head_gap=self.head_gap)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = self.groups(pl_module)
+        multipliers = depth_multipliers(groups.names, decay=self.decay, head_gap=self.head_gap)
+        factors = {id(p): multipliers[name] for name in groups for p in groups.parameters(name)}
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise TypeError("DiscriminativeLR needs an optimiser with parameter groups, and LBFGS has one rate")
+            self._splits.append(_SplitWhileStepping(optimizer, factors))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for split in self._splits:
+            split.remove()
+        self._splits.clear()
+
+
+class _SplitWhileStepping:
+    """Two hooks on an optimiser that split its groups by factor for the duration of one ``step()``."""
+
+    def __init__(self, optimizer: Optimizer, factors: Mapping[int, float]) -> None:
+        strange = sum(id(p) not in factors for group in optimizer.param_groups for p in group["params"])
+        if strange:
+            raise ValueError(
+                f"{type(optimizer).__name__} holds {strange} parameters that are not the LightningModule's, so they "
+                "have no depth: register their module as an attribute of the LightningModule"
+            )
+        self._optimizer = optimizer
+        self._factors = factors
+        self._own: list[dict[str, Any]] | None = None
+        self._before = optimizer.register_step_pre_hook(self._split)
+        self._after: RemovableHandle = optimizer.register_step_post_hook(self._join)
+
+    def _split(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._join(optimizer, args, kwargs)  # a step that raised left the groups split
+        # Registered anew at each step so as to run last: other post-hooks see the rates that were used.
+        self._after.remove()
+        self._after = optimizer.register_step_post_hook(self._join)
+        self._own = optimizer.param_groups
+        optimizer.param_groups = [part for group in self._own for part in self._parts(group)]
+
+    def _parts(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        by_factor: dict[float, list[Any]] = {}
+        for parameter in group["params"]:
+            by_factor.setdefault(self._factors[id(parameter)], []).append(parameter)
+        return [{**group, "params": parameters, "lr": group["lr"] * factor} for factor, parameters in by_factor.items()]
+
+    def _join(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._own is None:
+            return
+        parts = iter(optimizer.param_groups)
+        for group in self._own:
+            # Some optimisers keep running values in the group itself (a step count, an estimated scale).
+            pieces = [next(parts) for _ in {self._factors[id(p)] for p in group["params"]}]
+            group.update({k: v for piece in pieces[:1] for k, v in piece.items() if k not in ("params", "lr")})
+        optimizer.param_groups = self._own
+        self._own = None
+
+    def remove(self) -> None:
+        self._join(self._optimizer, (), {})
+        self._before.remove()
+        self._after.remove()
