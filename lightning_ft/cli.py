@@ -1,0 +1,231 @@
+"""The command line: LightningCLI with run folders, exact resume, and the commands plan, export and demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, auto_cli
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import CheckpointIO
+from typing_extensions import override
+
+from lightning_ft import callbacks as _callbacks
+from lightning_ft import data as _data
+from lightning_ft import modules as _modules
+from lightning_ft.callbacks import ExactResume, TrainingModeCheck, WritePredictions
+from lightning_ft.plan import plan
+from lightning_ft.plugins import AtomicCheckpointIO
+
+# jsonargparse finds classes by their short names, in YAML and in --trainer.callbacks+=Name, once these are imported.
+_NAMED_IN_YAML = (_callbacks, _data, _modules)
+_HELP = """
+further commands, with --help of their own:
+  lightning-ft plan --config CONFIG        print phases, groups and rates before any training
+  lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
+  lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
+"""
+
+
+class FineTuningTrainer(Trainer):
+    """Lightning's Trainer with the command ``plan``."""
+
+    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Print which layer groups train when, and at which learning rate. Nothing is trained."""
+        for report in plan(self, model, datamodule):
+            print(report, end="\n\n")
+
+
+class FineTuningCLI(LightningCLI):
+    """LightningCLI whose runs can be found and resumed.
+
+    A fit gets a folder of its own, ``run_0``, ``run_1``, … in ``trainer.default_root_dir``, with ``checkpoints/``
+    and ``logs/``. ``--ckpt_path last`` continues the newest run that has a checkpoint, in its folder. The
+    configuration names the model once: tokenizer, problem and labels of data and model are linked.
+    """
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"trainer.default_root_dir": "runs"})
+        parser.add_argument(
+            "--exact_resume",
+            type=bool,
+            default=True,
+            help="Save and seed so that --ckpt_path last ends as the uninterrupted run would. Turn it off for a data "
+            "loader that cannot say where it stands.",
+        )
+        parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.problem", "data.init_args.problem")
+        parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+
+    @staticmethod
+    @override
+    def configure_optimizers(
+        lightning_module: LightningModule,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: LRSchedulerTypeUnion | None = None,
+    ) -> Any:
+        # Lightning would step them once an epoch: a warm-up of 100 steps would last 100 epochs.
+        if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
+            return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self._root = Path(config.trainer.default_root_dir or "runs")
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last_checkpoint(self._root))
+        self._run = run_folder(self._root, config.get("ckpt_path"))
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        callbacks = list(settings["callbacks"] or []) if not isinstance(settings["callbacks"], Callback) else []
+        callbacks = callbacks or ([settings["callbacks"]] if settings["callbacks"] else [])
+        plugins = settings["plugins"] or []
+        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(AtomicCheckpointIO())
+        if self.subcommand == "fit":
+            kwargs |= self._fit_settings(settings, callbacks)
+        elif self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in callbacks):
+            callbacks.append(WritePredictions(self._run / "predictions.jsonl"))
+        logger = kwargs.pop("logger", settings["logger"] if self.subcommand == "fit" else False)
+        return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, logger=logger, **kwargs)
+
+    def _fit_settings(self, settings: Any, callbacks: list[Callback]) -> dict[str, Any]:
+        checkpoints = self._run / "checkpoints"
+        if not any(isinstance(callback, TrainingModeCheck) for callback in callbacks):
+            callbacks.insert(0, TrainingModeCheck())
+        if not any(isinstance(callback, ExactResume) for callback in callbacks) and self._get(
+            self.config_init, "exact_resume"
+        ):
+            callbacks.insert(0, ExactResume())
+        if settings["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
+            callbacks.append(ModelCheckpoint())
+        for callback in callbacks:
+            # One folder for the whole run: Lightning's default changes with the logger's version when it resumes,
+            # and with it what ModelCheckpoint knows about the best checkpoint so far is dropped.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(checkpoints.absolute())
+        result: dict[str, Any] = {"default_root_dir": str(self._run)}
+        if settings["logger"] in (None, True):
+            result["logger"] = CSVLogger(self._run, name="logs")
+        return result
+
+
+def last_checkpoint(root: Path) -> Path:
+    """``last.ckpt`` of the newest run below ``root``.
+
+    Raises:
+        FileNotFoundError: No run has one.
+    """
+    found = [path for run in _runs(root) if (path := run / "checkpoints" / "last.ckpt").exists()]
+    if not found:
+        raise FileNotFoundError(
+            f"--ckpt_path last: no run in {root.absolute()} has a checkpoint (run_*/checkpoints/last.ckpt), so there "
+            "is nothing to resume. Start without --ckpt_path, or name the folder: --trainer.default_root_dir"
+        )
+    return found[-1]
+
+
+def run_folder(root: Path, ckpt_path: str | None) -> Path:
+    """The folder of the run that ``ckpt_path`` belongs to, else the next free one. Nothing is created."""
+    if ckpt_path is not None and _number(run := Path(ckpt_path).parent.parent) is not None:
+        return run
+    numbers = [_number(run) or 0 for run in _runs(root)]
+    return root / f"run_{max(numbers) + 1 if numbers else 0}"
+
+
+def _runs(root: Path) -> list[Path]:
+    return sorted(
+        (path for path in root.glob("run_*") if _number(path) is not None), key=lambda path: _number(path) or 0
+    )
+
+
+def _number(run: Path) -> int | None:
+    match = re.fullmatch(r"run_(\d+)", run.name)
+    return int(match[1]) if match else None
+
+
+def export(checkpoint: str, out: str, *, to: Literal["onnx"] = "onnx", opset: int = 20, max_length: int = 128) -> None:
+    """Write a folder for serving, proved equal to the checkpoint before anything is left in OUT.
+
+    Args:
+        checkpoint: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``).
+        out: The folder to create.
+        to: The format.
+        opset: ONNX operator set.
+        max_length: Longest input, in tokens, for which equality is proved.
+    """
+    from lightning_ft.export import to_onnx
+
+    module = _modules.load_checkpoint(checkpoint)
+    if not isinstance(module, _modules.SequenceClassification):
+        raise TypeError(
+            f"{checkpoint} holds a {type(module).__name__}, and only SequenceClassification is exported yet"
+        )
+    if module.tokenizer is None:
+        raise ValueError(f"{checkpoint} holds no tokenizer: it was trained from an Architecture without one")
+    report = to_onnx(
+        module.model, out, tokenizer=module.tokenizer, labels=module.labels, opset=opset, max_length=max_length
+    )
+    print(report)
+
+
+def run(arguments: Sequence[str] | None = None) -> FineTuningCLI:
+    """Run a command of :class:`FineTuningCLI` and return it, with its trainer, model and data.
+
+    Args:
+        arguments: The command line; that of the process by default.
+    """
+    return FineTuningCLI(
+        trainer_class=FineTuningTrainer,
+        seed_everything_default=0,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        load_from_checkpoint_support=False,
+        parser_kwargs={"prog": "lightning-ft", "epilog": _HELP},
+        args=None if arguments is None else list(arguments),
+    )
+
+
+def main() -> None:
+    """Entry point of ``lightning-ft``."""
+    # The parallel tokenizer warns when data workers fork after it was used; it says so on every start.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command, *arguments = sys.argv[1:] or [""]
+    if command == "export":
+        auto_cli(export, args=arguments, as_positional=True, prog="lightning-ft export")
+    elif command == "demo":
+        _demo(arguments)
+    else:
+        run()
+
+
+def _demo(arguments: list[str]) -> None:
+    from lightning_ft.demo import SENTENCES, demo
+
+    parser = ArgumentParser(prog="lightning-ft demo", description=(demo.__doc__ or "").splitlines()[0])
+    parser.add_argument("sentences", nargs="*", type=str, default=list(SENTENCES), help="What to classify in the end.")
+    parser.add_argument("--folder", type=str, default="runs/demo", help="Where everything is written.")
+    parser.add_argument("--prepare", action="store_true", help="Only write the data and the model.")
+    options = parser.parse_args(arguments)
+    demo(options.sentences or SENTENCES, folder=options.folder, prepare=options.prepare)
+
+
+__all__ = ["FineTuningCLI", "FineTuningTrainer", "export", "last_checkpoint", "main", "run", "run_folder"]

@@ -1,0 +1,170 @@
+"""The command line: links, run folders, plan, resume after SIGKILL, predict, export."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from lightning_ft.cli import last_checkpoint, run_folder
+
+WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a tiny model with dropout, three files of data and a configuration with all callbacks."""
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).base_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    for name, rows in {"train": 75, "val": 20, "test": 20}.items():
+        lines = []
+        for i in range(rows):
+            length = int(torch.randint(1, 12, (), generator=generator))
+            words = [WORDS[j] for j in torch.randint(0, len(WORDS), (length,), generator=generator)]
+            label = ["negative", "positive"][i % 2]
+            lines.append(json.dumps({"text": " ".join([["bad", "good"][i % 2], *words]), "label": label}))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "SequenceClassification",
+            "init_args": {"pretrained": "model", "learning_rate": 0.01, "weight_decay": 0.0},
+        },
+        "data": {
+            "class_path": "ClassificationData",
+            "init_args": {
+                "train": "train.jsonl",
+                "val": "val.jsonl",
+                "test": "test.jsonl",
+                "predict": "test.jsonl",
+                "batch_size": 4,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 3,
+            "accumulate_grad_batches": 2,
+            "val_check_interval": 0.5,
+            "log_every_n_steps": 1,
+            "gradient_clip_val": 1.0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {"class_path": "GradualUnfreezing", "init_args": {"every": 0.15}},
+                {"class_path": "DiscriminativeLR", "init_args": {"decay": 0.8}},
+                {"class_path": "L2SP", "init_args": {"strength": 0.01, "head_strength": 0.01}},
+                {"class_path": "ExactResume", "init_args": {"every": "1 steps"}},
+                {
+                    "class_path": "ModelCheckpoint",
+                    "init_args": {"filename": "best", "monitor": "val_accuracy", "mode": "max"},
+                },
+            ],
+        },
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path
+
+
+def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
+    """``lightning-ft`` in the project's folder, one thread."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "lightning_ft", *arguments],
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lightning_ft(project: Path, *arguments: str, code: int = 0) -> str:
+    process = start(project, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Bit-equal weights, optimiser, schedulers and callbacks."""
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in (one, other)]
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
+    stages = [s["callbacks"]["GradualUnfreezing"] for s in states]
+    assert stages[0] == stages[1]
+    assert stages[0]["stage"] == 4
+
+
+def kill_at(project: Path, batch: int) -> None:
+    """Run a fit and kill it with SIGKILL when it has trained on this many batches in all."""
+    spy = f"""
+import os, signal, sys
+from lightning.pytorch import Callback
+from lightning_ft import cli
+from lightning_ft.callbacks import ExactResume
+seen = 0
+class Killer(Callback):
+    def on_train_batch_end(self, *args):
+        global seen
+        seen += 1
+        if seen == {batch}:
+            os.kill(os.getpid(), signal.SIGKILL)
+cli._callbacks.Killer = Killer
+sys.argv = ["lightning-ft", "fit", "--config", "config.yaml"]
+original = cli.FineTuningCLI._fit_settings
+def with_killer(self, settings, callbacks):
+    callbacks.append(Killer())
+    return original(self, settings, callbacks)
+cli.FineTuningCLI._fit_settings = with_killer
+cli.main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", spy],
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+# 75 rows in batches of 4: 19 batches an epoch, 10 optimiser steps; validation after batches 9 and 18.
+KILLS = {"first epoch": 7, "in a validation's batch": 28, "an epoch's last batch": 38, "mid-window": 46}
+
+
+@pytest.mark.kill
+@pytest.mark.parametrize("batch", KILLS.values(), ids=KILLS.keys())
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(project: Path, batch: int) -> None:
+    lightning_ft(project, "fit", "--config", "config.yaml")
+    kill_at(project, batch)
+    lightning_ft(project, "fit", "--config", "config.yaml", "--ckpt_path", "last")
+    assert sorted(p.name for p in (project / "runs").iterdir()) == ["run_0", "run_1"]
+    assert_equal_runs(project / "runs" / "run_0", project / "runs" / "run_1")
