@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -168,3 +166,106 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(project: Path, batc
     lightning_ft(project, "fit", "--config", "config.yaml", "--ckpt_path", "last")
     assert sorted(p.name for p in (project / "runs").iterdir()) == ["run_0", "run_1"]
     assert_equal_runs(project / "runs" / "run_0", project / "runs" / "run_1")
+
+
+def test_configuration_names_the_model_once_and_labels_come_from_the_data(project: Path) -> None:
+    output = lightning_ft(project, "fit", "--config", "config.yaml", "--trainer.max_epochs", "1")
+    assert "phase 1 of 5: tail, head train" in output
+    run = project / "runs" / "run_0"
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    stored = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lightning_ft"]
+    assert stored["arguments"]["labels"] == ["negative", "positive"]
+    assert set(stored["tokenizer"]) >= {"tokenizer.json", "tokenizer_config.json"}
+    assert (run / "logs" / "version_0" / "config.yaml").is_file()
+
+    # The checkpoint's arguments do not override the command line's.
+    output = lightning_ft(
+        project,
+        *("fit", "--config", "config.yaml", "--ckpt_path", "last"),
+        *("--trainer.max_epochs", "2", "--model.init_args.label_smoothing", "0.2"),
+    )
+    stored = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["lightning_ft"]["arguments"]["label_smoothing"] == 0.2
+    assert stored["global_step"] == 20
+    assert sorted(p.name for p in (run / "logs").iterdir()) == ["version_0", "version_1"]
+
+    output = lightning_ft(project, "test", "--config", "config.yaml", "--ckpt_path", "last")
+    assert "test_accuracy" in output
+    output = lightning_ft(project, "predict", "--config", "config.yaml", "--ckpt_path", "last")
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").open()]
+    assert [row["row"] for row in predictions] == list(range(20))
+    assert {row["label"] for row in predictions} <= {"negative", "positive"}
+
+    # Export and prediction need neither the training data nor the pretrained folder.
+    for name in ("train.jsonl", "val.jsonl", "model"):
+        (project / name).rename(project / f"{name}.away")
+    checkpoint = str(run / "checkpoints" / "last.ckpt")
+    output = lightning_ft(project, "export", checkpoint, "served", "--to", "onnx", "--max_length", "32")
+    assert "worst relative difference" in output
+    assert (project / "served" / "model.onnx").is_file()
+
+
+def test_plan_prints_phases_and_rates_and_trains_nothing(project: Path) -> None:
+    output = lightning_ft(project, "plan", "--config", "config.yaml")
+    lines = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
+    # 19 batches, accumulated by 2, 3 epochs: 30 steps; 5 phases, one each 0.15 of them.
+    assert [row[1] for row in lines if len(row) == 7 and row[0].isdigit()] == [
+        "start",
+        "step 5",
+        "step 9",
+        "step 14",
+        "step 18",
+    ]
+    rates = {row[0]: float(row[-1]) for row in lines if row[0] in ("embeddings", "block.2", "head")}
+    assert rates == {"embeddings": pytest.approx(0.01 * 0.8**4), "block.2": pytest.approx(0.008), "head": 0.01}
+    assert not (project / "runs").exists()
+
+
+def test_plan_warns_of_phases_that_never_begin(project: Path) -> None:
+    config = project / "config.yaml"
+    config.write_text(config.read_text().replace("every: 0.15", 'every: "1 epoch"'))
+    output = lightning_ft(project, "plan", "--config", "config.yaml")
+    assert output.count("never") == 2
+    assert "training ends before the last phase" in output
+
+
+def test_last_without_a_run_says_so(project: Path) -> None:
+    output = lightning_ft(project, "fit", "--config", "config.yaml", "--ckpt_path", "last", code=1)
+    assert "no run in" in output
+    assert "nothing to resume" in output
+
+
+def test_run_folders_are_numbered_and_found(tmp_path: Path) -> None:
+    assert run_folder(tmp_path, None) == tmp_path / "run_0"
+    for name in ("run_0", "run_2", "run_10", "run_x", "notes"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no run in"):
+        last_checkpoint(tmp_path)
+    for name in ("run_0", "run_2"):
+        (tmp_path / name / "checkpoints" / "last.ckpt").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "run_2" / "checkpoints" / "last.ckpt"
+    assert run_folder(tmp_path, None) == tmp_path / "run_11"
+    assert run_folder(tmp_path, str(last_checkpoint(tmp_path))) == tmp_path / "run_2"
+    assert run_folder(tmp_path, "elsewhere/model.ckpt") == tmp_path / "run_11"
+
+
+def test_a_module_that_knows_nothing_of_us_runs_from_the_command_line(project: Path) -> None:
+    (project / "mine.py").write_text(
+        "import torch\n"
+        "from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel\n"
+        "class Mine(BoringModel):\n    pass\n"
+        "class Data(BoringDataModule):\n    pass\n"
+    )
+    arguments = [
+        "--model",
+        "mine.Mine",
+        "--data",
+        "mine.Data",
+        "--trainer.max_steps",
+        "2",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    output = lightning_ft(project, "fit", *arguments, code=1)
+    assert "ExactResume cannot resume a DataLoader" in output
+    lightning_ft(project, "fit", *arguments, "--exact_resume", "false")

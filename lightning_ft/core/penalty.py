@@ -14,8 +14,8 @@ class QuadraticPenalty:
     """Ω(θ) = (α/2) ‖θ − θ⁰‖², with θ⁰ = 0 where no reference is given.
 
     ``add_grad_`` is the gradient of ``value`` (the coupled form, through the optimiser), ``pull_`` one step of
-    gradient descent on it (the decoupled form, beside the optimiser). For plain SGD both move θ alike; for Adam
-    the coupled one is rescaled by 1/√v like any gradient.
+    gradient descent on it (the decoupled form, beside the optimiser). For plain SGD both move θ alike but for η²α
+    times the gradient of the loss; for Adam the coupled one is rescaled by 1/√v like any gradient.
 
     Args:
         strength: α ≥ 0.

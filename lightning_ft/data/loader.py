@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class ResumableDataLoader(DataLoader[Any]):
     """Loads the batches of a `LengthBucketSampler` and says, and finds again, where training stood.
 
-    The position is the trainer's own count of processed batches, which Lightning restores with its loops, asked for when
-    the first batch of an epoch is drawn. It is not what this loader has handed out: workers fetch ahead, and a
-    checkpoint taken in ``on_train_batch_start`` has a batch in hand that is not trained on yet. ``state_dict()`` adds
-    what fixes the order of batches, so that a run resumed over other batches is refused.
+    The position is the trainer's own count of processed batches, which Lightning restores with its loops; it is asked
+    for when the first batch of an epoch is drawn. It is not what this loader has handed out: workers fetch ahead, and
+    a checkpoint taken in ``on_train_batch_start`` has a batch in hand that is not trained on yet. ``state_dict()``
+    adds what fixes the order of batches, so that a run resumed over other batches is refused.
 
     Args:
         dataset: Indexed with a list of row numbers; gives what ``collate_fn`` takes.
