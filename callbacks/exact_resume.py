@@ -108,8 +108,8 @@ class ExactResume(Callback):
             return
         if missing := monitors - trainer.callback_metrics.keys():
             rank_zero_warn(
-                f"ExactResume: {missing} was not logged since the resume, so ReduceLROnPlateau is left out at the end of "
-                "this epoch and the run is no longer exact: validate at the end of each epoch"
+                f"ExactResume: {missing} was not logged since the resume, so ReduceLROnPlateau is left out at the end "
+                "of this epoch and the run is no longer exact: validate at the end of each epoch"
             )
         else:
             loop._restarting = False

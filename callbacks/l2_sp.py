@@ -24,8 +24,9 @@ class L2SP(Callback):
     checkpoint is restored, θ_head the new head. ``coupled``, the paper's form, adds the gradient of Ω in
     ``on_before_optimizer_step``: once an optimiser step whatever the accumulation, after unscaling and DDP's
     reduction, before clipping (which sees it). ``decoupled`` moves θ beside the optimiser, θ ← θ − ηα(θ − θ⁰), only
-    when it really stepped. Under SGD both are equal; under Adam the coupled gradient is rescaled by 1/√v, and the
-    decoupled pull per step is ηα: at η = 2e-5 the paper's α = 0.1 does nothing, and 50 matches its 1e-3 a step.
+    when it really stepped. Under plain SGD both differ by η²α times the gradient only, since θ is pulled where the
+    step left it; under Adam the coupled gradient is rescaled by 1/√v, and the decoupled pull per step is ηα: at
+    η = 2e-5 the paper's α = 0.1 does nothing, and 50 matches its 1e-3 a step.
 
     AdamW's own weight decay pulls towards zero at the same time: set it to 0 for a pure pull.
 
@@ -72,6 +73,7 @@ class L2SP(Callback):
         self.kernels_only = kernels_only
         self._blocks, self._head, self._groups = blocks, head, groups
         self._anchor: Anchor | None = None
+        self._restored = False
         self._fingerprint: dict[str, float] | None = None
         self._terms: list[_Term] = []
         self._handles: list[RemovableHandle] = []
@@ -80,18 +82,18 @@ class L2SP(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._anchor, self._fingerprint = None, None
+        self._anchor, self._fingerprint, self._restored = None, None, False
 
         def capture(module: nn.Module, *_: Any) -> None:
-            self._capture(pl_module)
+            self._anchor = Anchor.capture(self._split(pl_module)[0])
 
-        # The module may be built only in its own `setup` or `configure_model`, and a checkpoint is restored before
-        # `on_fit_start`: the last moment at which the weights surely are the pretrained ones is just before a load.
+        # The module may be built, or load its pretrained weights, only in its own `setup` or `configure_model`, and a
+        # checkpoint is restored before `on_fit_start`: the pretrained weights are those just before the last load.
         self._handles.append(pl_module.register_load_state_dict_pre_hook(capture))  # type: ignore[no-untyped-call]
 
-    def _capture(self, module: LightningModule) -> None:
-        if self._anchor is None:
-            self._anchor = Anchor.capture(self._split(module)[0])
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = True
 
     def _split(self, module: LightningModule) -> tuple[list[tuple[str, nn.Parameter]], list[nn.Parameter]]:
         groups = LayerGroups.of(module, blocks=self._blocks, head=self._head, groups=self._groups)
@@ -112,12 +114,12 @@ class L2SP(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release_hooks()
-        self._capture(pl_module)
-        assert self._anchor is not None
+        body, head = self._split(pl_module)
+        if self._anchor is None or not self._restored:
+            self._anchor = Anchor.capture(body)
         if self._fingerprint is not None:
             self._anchor.check(self._fingerprint)
         self._fingerprint = self._anchor.fingerprint()
-        body, head = self._split(pl_module)
         references = self._anchor.like(body)
         for optimizer in trainer.optimizers:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -132,16 +134,16 @@ class L2SP(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        terms = [term for term in self._terms if term.optimizer is getattr(optimizer, "optimizer", optimizer)]
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if trainer.loggers and (trainer.global_step + 1) % every == 0:
             with torch.no_grad():
-                values = [term.penalty.value(term.parameters) for term in terms if term.parameters]
+                values = [term.penalty.value(term.parameters) for term in self._terms if term.parameters]
             pl_module.log("l2_sp", torch.stack(values).sum())
         if self.mode == "coupled":
             scale = _pending_scale(trainer, optimizer)
-            for term in terms:
-                term.penalty.add_grad_(term.parameters, scale=scale)
+            for term in self._terms:
+                if term.optimizer is getattr(optimizer, "optimizer", optimizer):
+                    term.penalty.add_grad_(term.parameters, scale=scale)
 
     def _pull(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers under an fp16 scaler run a step that overflowed, too, and skip it inside, by this flag.

@@ -75,9 +75,10 @@ def to_onnx(
         TypeError: ``model`` is not a Hugging Face model or its output has no logits.
         ValueError: An argument, or how the model and its tokenizer fit together, is wrong.
 
-    Example:
-        >>> report = to_onnx(model, "exported", tokenizer=tokenizer)  # doctest: +SKIP
-        >>> load_session("exported").run(["logits"], dict(tokenizer(["Fine."], return_tensors="np")))  # doctest: +SKIP
+    Example::
+
+        report = to_onnx(model, "served", tokenizer=tokenizer)
+        load_session("served").run(["logits"], dict(tokenizer(["Fine."], return_tensors="np")))
     """
     onnx = require("onnx")
     for package in ("onnxscript", "onnxruntime", "transformers"):
@@ -109,8 +110,8 @@ def to_onnx(
             "opset": opset,
             "max_length": max_length,
             "tolerance": tolerance,
-            "worst_absolute": max(row["absolute"] for row in rows),
-            "worst_relative": max(row["relative"] for row in rows),
+            "worst absolute difference": max(row["absolute"] for row in rows),
+            "worst relative difference": max(row["relative"] for row in rows),
             "export_seconds": round(exported - started, 2),
             "parity_seconds": round(time.perf_counter() - exported, 2),
             "sha256": _sha256(path),

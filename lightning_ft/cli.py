@@ -13,7 +13,13 @@ import torch
 from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, LRSchedulerTypeUnion, ReduceLROnPlateau
+from lightning.pytorch.cli import (
+    LightningArgumentParser,
+    LightningCLI,
+    LRSchedulerTypeUnion,
+    ReduceLROnPlateau,
+    SaveConfigCallback,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
@@ -42,6 +48,15 @@ class FineTuningTrainer(Trainer):
         """Print which layer groups train when, and at which learning rate. Nothing is trained."""
         for report in plan(self, model, datamodule):
             print(report, end="\n\n")
+
+
+class SaveFitConfig(SaveConfigCallback):
+    """Save the configuration of a fit beside its logs; evaluating a run writes nothing into it."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
 
 class FineTuningCLI(LightningCLI):
@@ -195,6 +210,7 @@ def run(arguments: Sequence[str] | None = None) -> FineTuningCLI:
     """
     return FineTuningCLI(
         trainer_class=FineTuningTrainer,
+        save_config_callback=SaveFitConfig,
         seed_everything_default=0,
         subclass_mode_model=True,
         subclass_mode_data=True,

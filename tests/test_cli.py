@@ -192,7 +192,7 @@ def test_configuration_names_the_model_once_and_labels_come_from_the_data(projec
     output = lightning_ft(project, "test", "--config", "config.yaml", "--ckpt_path", "last")
     assert "test_accuracy" in output
     output = lightning_ft(project, "predict", "--config", "config.yaml", "--ckpt_path", "last")
-    predictions = [json.loads(line) for line in (run / "predictions.jsonl").open()]
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert [row["row"] for row in predictions] == list(range(20))
     assert {row["label"] for row in predictions} <= {"negative", "positive"}
 

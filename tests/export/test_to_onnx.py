@@ -141,7 +141,7 @@ def test_folder_and_report(exported: SimpleNamespace) -> None:
     assert facts["parameters"] == sum(p.numel() for p in model.parameters())
     assert facts["versions"] == {m.__name__: m.__version__ for m in map(sys.modules.get, facts["versions"])}
     assert (facts["model"], facts["opset"], facts["labels"]) == ("BertForSequenceClassification", 20, 3)
-    assert 0 < facts["worst_relative"] == max(row["relative"] for row in saved["rows"]) <= 1e-5
+    assert 0 < facts["worst relative difference"] == max(row["relative"] for row in saved["rows"]) <= 1e-5
     shapes = {(row["batch"], row["length"], row["padded"]) for row in saved["rows"]}
     assert len(shapes) >= 9
     assert {(1, 1, False), (1, 24, False), (2, 24, True)} <= shapes
