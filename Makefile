@@ -30,10 +30,11 @@ test-gpu: .venv
 	$(BIN)/python -m pytest -m gpu
 
 # The lowest versions that pyproject.toml admits, in an environment of their own (several GB: torch's CUDA build).
+# Old packages warn about one another, so warnings are no errors here.
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
-	.venv-lowest/bin/python -m pytest -m "not slow and not gpu and not kill"
+	.venv-lowest/bin/python -m pytest -W default -m "not slow and not gpu and not kill"
 
 lint: .venv
 	$(BIN)/ruff check .

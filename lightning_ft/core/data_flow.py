@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -50,6 +51,7 @@ def first_fed(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[dict[nn.P
             torch.random.fork_rng(devices=[]),
             warnings.catch_warnings(),
             _ZeroScalars(),  # type: ignore[no-untyped-call]
+            _no_autocast(),
         ):
             warnings.simplefilter("ignore")
             twin = _meta_twin(module, twins, tensors)
@@ -72,6 +74,18 @@ class _ZeroScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Meta tensors know no autocast, not even to switch it off as rotary embeddings do; the graph is the same."""
+    originals = torch.autocast, torch.is_autocast_enabled
+    torch.autocast = lambda *_, **__: nullcontext()  # type: ignore[assignment, misc]
+    torch.is_autocast_enabled = lambda *_: False
+    try:
+        yield
+    finally:
+        torch.autocast, torch.is_autocast_enabled = originals  # type: ignore[misc]
 
 
 def _meta_twin(module: nn.Module, twins: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor]) -> nn.Module:

@@ -370,6 +370,19 @@ def test_self_backbone() -> None:
     assert LayerGroups.of(model, blocks="encoder.layers", head=["fc"]).names[-1] == "head"
 
 
+def test_autocast_of_the_models_own_is_no_obstacle() -> None:
+    class Rotary(Plain):
+        def forward(self, tokens: Tensor) -> Tensor:
+            if not torch.is_autocast_enabled(tokens.device.type):
+                with torch.autocast(device_type=tokens.device.type, enabled=False):
+                    return super().forward(tokens)
+            return super().forward(tokens)
+
+    before = torch.autocast, torch.is_autocast_enabled
+    assert LayerGroups.of(Rotary(), head="fc").names == ("embeddings", "block.0", "block.1", "block.2", "head")
+    assert (torch.autocast, torch.is_autocast_enabled) == before
+
+
 @pytest.mark.parametrize("ending", ["raises", "hides its output"])
 def test_a_run_that_breaks_off_above_the_blocks_still_tells_what_feeds_them(ending: str) -> None:
     class Broken(Plain):

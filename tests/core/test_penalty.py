@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.core import penalty
+from lightning_ft.core.penalty import QuadraticPenalty
+
+ALPHA = 0.3
+
+
+def odd_tensors() -> list[Tensor]:
+    """Shapes and strides that a loop over pieces could get wrong; float64, so that comparisons are sharp."""
+    flat, turned, sliced, vector, scalar = (
+        torch.randn(s, dtype=torch.float64) for s in ((7, 5), (7, 5), (7, 5), 11, ())
+    )
+    return [nn.Parameter(tensor) for tensor in (flat, turned.T, sliced[:, ::2], vector, scalar)]
+
+
+@pytest.fixture(params=[1, 3, 1 << 20])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(penalty, "_PIECE", request.param)
+
+
+@pytest.mark.usefixtures("piece")
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("referenced", [True, False])
+def test_add_grad_is_autograd_of_value(referenced: bool, scale: float | None) -> None:
+    theta = odd_tensors()
+    reference = [torch.randn_like(p).detach() for p in theta] if referenced else None
+    quadratic = QuadraticPenalty(ALPHA, reference)
+    expected = torch.autograd.grad(quadratic.value(theta), theta)
+
+    task = [torch.randn_like(p) for p in theta]
+    for p, gradient in zip(theta, task, strict=True):
+        p.grad = gradient.clone()
+    before = [p.detach().clone() for p in theta]
+    quadratic.add_grad_(theta, scale=None if scale is None else torch.tensor(scale))
+    for p, gradient, pull, old in zip(theta, task, expected, before, strict=True):
+        torch.testing.assert_close(p.grad, gradient + (scale or 1) * pull)
+        assert torch.equal(p, old)
+
+
+def test_value_is_the_closed_form() -> None:
+    theta = odd_tensors()
+    reference = [torch.randn_like(p).detach() for p in theta]
+    squares = sum(((p - r) ** 2).sum() for p, r in zip(theta, reference, strict=True))
+    torch.testing.assert_close(QuadraticPenalty(ALPHA, reference).value(theta), 0.5 * ALPHA * squares)
+    assert QuadraticPenalty(ALPHA, []).value([]).item() == 0
+
+
+def test_gradient_of_value_is_finite_at_the_anchor() -> None:
+    theta = nn.Parameter(torch.ones(3))
+    QuadraticPenalty(ALPHA, [torch.ones(3)]).value([theta]).backward()
+    assert torch.equal(theta.grad, torch.zeros(3))
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("referenced", [True, False])
+def test_pull_is_a_step_of_gradient_descent(referenced: bool, rate: Any) -> None:
+    theta = odd_tensors()
+    reference = [torch.randn_like(p).detach() for p in theta] if referenced else None
+    quadratic = QuadraticPenalty(ALPHA, reference)
+    expected = [p - 0.1 * g for p, g in zip(theta, torch.autograd.grad(quadratic.value(theta), theta), strict=True)]
+    for p in theta:
+        p.grad = torch.zeros_like(p)
+    quadratic.pull_(theta, learning_rate=rate)
+    for p, value in zip(theta, expected, strict=True):
+        torch.testing.assert_close(p.detach(), value.detach(), rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_number_of_the_paper(coupled: bool) -> None:
+    theta = nn.Parameter(torch.tensor([1.0]))
+    theta.grad = torch.zeros(1)
+    quadratic = QuadraticPenalty(0.01, [torch.tensor([0.5])])
+    if coupled:
+        quadratic.add_grad_([theta])
+        torch.optim.SGD([theta], lr=0.1).step()
+    else:
+        torch.optim.SGD([theta], lr=0.1).step()
+        quadratic.pull_([theta], learning_rate=0.1)
+    assert theta.item() == pytest.approx(0.9995, abs=1e-7)
+
+
+@pytest.mark.parametrize("referenced", [True, False])
+def test_what_has_no_gradient_takes_no_part(referenced: bool) -> None:
+    live, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    live.grad = torch.zeros(2)
+    quadratic = QuadraticPenalty(ALPHA, [torch.zeros(2), torch.zeros(2)] if referenced else None)
+    quadratic.add_grad_([frozen, live])
+    quadratic.pull_([frozen, live], learning_rate=0.5)
+    assert frozen.grad is None
+    torch.testing.assert_close(live.grad, torch.full((2,), ALPHA))
+    torch.testing.assert_close(live.detach(), torch.full((2,), 1 - 0.5 * ALPHA))
+    assert torch.equal(frozen, torch.ones(2))
+
+
+def test_members_alone_are_pulled() -> None:
+    theta = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    for p in theta:
+        p.grad = torch.zeros(1)
+    QuadraticPenalty(1.0, [torch.full((1,), float(i)) for i in range(3)]).pull_(
+        theta, learning_rate=0.5, members=[2, 0]
+    )
+    assert [p.item() for p in theta] == [0.5, 1.0, 1.5]
+
+
+@pytest.mark.usefixtures("piece")
+def test_mixed_dtypes() -> None:
+    theta = [
+        nn.Parameter(torch.full((4,), 2.0, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ]
+    for p in theta:
+        p.grad = torch.zeros_like(p)
+    QuadraticPenalty(0.5, [torch.ones_like(p) for p in theta]).add_grad_(theta)
+    assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in theta)
+
+
+def test_at_the_anchor_no_bit_of_the_gradient_changes() -> None:
+    theta = nn.Parameter(torch.randn(100))
+    theta.grad = torch.randn(100)
+    before = theta.grad.clone()
+    QuadraticPenalty(ALPHA, [theta.detach().clone()]).add_grad_([theta])
+    assert torch.equal(theta.grad, before)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan")])
+def test_refuses_a_negative_strength(strength: float) -> None:
+    with pytest.raises(ValueError, match="must be 0 or more"):
+        QuadraticPenalty(strength)
