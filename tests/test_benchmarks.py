@@ -1,0 +1,69 @@
+"""Each benchmark runs from end to end, at a size at which its figures mean nothing. Nothing here is about time."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def _run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def _numbers(content: Any) -> Iterator[float]:
+    if isinstance(content, dict | list):
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _numbers(item)
+    elif isinstance(content, int | float):
+        yield content
+
+
+def _check(done: subprocess.CompletedProcess[str], file: Path, titles: set[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    assert set(content["tables"]) == titles
+    assert content["machine"]["threads"] == 1
+    numbers = list(_numbers([content["tables"], content["seconds"]]))
+    assert len(numbers) > 20
+    assert all(map(math.isfinite, numbers))
+    assert all(f"**{title}**" in done.stdout for title in titles)
+    return content
+
+
+def test_vs_hf_trainer(real_data: Path, tmp_path: Path) -> None:
+    done = _run("vs_hf_trainer.py", "--data", str(real_data / "sst2"), "--results", str(tmp_path))
+    titles = {
+        "Losses, step by step",
+        "Step time, identical batches",
+        "Step time without arithmetic",
+        "Epoch time",
+        "Medians",
+    }
+    content = _check(done, tmp_path / "vs_hf_trainer.json", titles)
+    (losses,) = content["tables"]["Losses, step by step"]
+    assert losses["worst difference"] <= 1e-5
+    assert losses["same parameters decay"]
+    ratios = [row["comparison"] for row in content["tables"]["Epoch time"]]
+    assert sum(name.startswith("A/A: ") for name in ratios) == 3
+
+
+def test_overhead(tmp_path: Path) -> None:
+    content = _check(
+        _run("overhead.py", "--results", str(tmp_path)), tmp_path / "overhead.json", {"Step time", "Added to a step"}
+    )
+    assert len(content["tables"]["Added to a step"]) == 6
+
+
+def test_absent_data_is_named(tmp_path: Path) -> None:
+    done = _run("vs_hf_trainer.py", "--data", str(tmp_path), "--results", str(tmp_path))
+    assert done.returncode == 1
+    assert "train.jsonl does not exist: pass --data FOLDER" in done.stderr
+    assert not list(tmp_path.iterdir())
