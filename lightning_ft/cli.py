@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -224,6 +226,9 @@ def main() -> None:
     """Entry point of ``lightning-ft``."""
     # The parallel tokenizer warns when data workers fork after it was used; it says so on every start.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Neither is about anything that a user can act on: old spelling inside Lightning, operators of another package.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     command, *arguments = sys.argv[1:] or [""]
     if command == "export":
         auto_cli(export, args=arguments, as_positional=True, prog="lightning-ft export")

@@ -92,9 +92,9 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
         f"\nPictures: {run / 'confusion.png'}, {run / 'learning_curve.png'}. For serving: {run / 'onnx'}.\n\n"
         "What to try next:\n"
         "  lightning-ft plan --config examples/demo.yaml               the phases and rates of this run\n"
-        "  lightning-ft fit --config examples/demo.yaml --trainer.callbacks.every=0.05 …   another schedule\n"
-        "  lightning-ft fit --config examples/demo.yaml --ckpt_path last   stop it with Ctrl-C first, then resume\n"
-        "  lightning-ft demo 'A sentence of yours.'"
+        "  lightning-ft fit --config examples/demo.yaml                stop it with Ctrl-C, then add --ckpt_path last\n"
+        "  lightning-ft test --config examples/demo.yaml --ckpt_path last\n"
+        "  lightning-ft demo 'A sentence of yours.'                    train again, classify what you like"
     )
 
 

@@ -14,10 +14,9 @@ ALPHA = 0.3
 
 def odd_tensors() -> list[Tensor]:
     """Shapes and strides that a loop over pieces could get wrong; float64, so that comparisons are sharp."""
-    flat, turned, sliced, vector, scalar = (
-        torch.randn(s, dtype=torch.float64) for s in ((7, 5), (7, 5), (7, 5), 11, ())
-    )
-    return [nn.Parameter(tensor) for tensor in (flat, turned.T, sliced[:, ::2], vector, scalar)]
+    shapes = [(7, 5), (7, 5), (7, 5), (11,), (), (0, 3)]
+    flat, turned, sliced, *others = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    return [nn.Parameter(tensor) for tensor in (flat, turned.T, sliced[:, ::2], *others)]
 
 
 @pytest.fixture(params=[1, 3, 1 << 20])

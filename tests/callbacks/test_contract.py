@@ -1,0 +1,153 @@
+"""What every callback promises to every project: one table of callbacks, one of strangers, one contract."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing, TrainingModeCheck
+from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
+
+CALLBACKS: dict[str, Callable[[], Callback]] = {
+    "unfreezing-epochs": partial(GradualUnfreezing, "1 epoch"),
+    "unfreezing-steps": partial(GradualUnfreezing, "2 steps"),
+    "unfreezing-fraction": partial(GradualUnfreezing, 0.25, groups_per_step=2),
+    "discriminative-lr": partial(DiscriminativeLR, 0.5),
+    "l2-sp-coupled": partial(L2SP, 0.5, head_strength=0.1),
+    "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
+    "exact-resume": partial(ExactResume, "2 steps"),
+    "training-mode-check": TrainingModeCheck,
+}
+NEUTRAL: dict[str, Callable[[], Callback]] = {
+    "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
+    "discriminative-lr": partial(DiscriminativeLR, 1.0),
+    "l2-sp-coupled": partial(L2SP, 0.0),
+    "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
+    "training-mode-check": TrainingModeCheck,
+}
+
+each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
+each_callback = pytest.mark.parametrize("make", CALLBACKS.values(), ids=CALLBACKS)
+
+
+class Failure(Exception):
+    pass
+
+
+class FailAt(Callback):
+    """Raises in the middle of the fourth batch, after its backward pass."""
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 4:
+            raise Failure
+
+
+class Watch(Callback):
+    """Keeps the module as it was when the callbacks had not touched it yet."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.hooks: dict[str, int] = {}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.flags = [p.requires_grad for p in pl_module.parameters()]
+        self.groups = [list(optimizer.param_groups) for optimizer in trainer.optimizers]
+        self.hooks = hooks(trainer, pl_module)
+
+    def check(self, trainer: Any, module: Any) -> None:
+        """Nothing is left of what other callbacks attached or changed."""
+        assert [p.requires_grad for p in module.parameters()] == self.flags
+        for optimizer, groups in zip(trainer.optimizers, self.groups, strict=True):
+            assert [id(group) for group in optimizer.param_groups] == [id(group) for group in groups]
+        assert not any(hooks(trainer, module).values())
+
+
+def hooks(trainer: Any, module: Any) -> dict[str, int]:
+    holders = [("module", module), *((f"optimizer {i}", optimizer) for i, optimizer in enumerate(trainer.optimizers))]
+    return {
+        f"{name}.{attribute}": len(value)
+        for name, holder in holders
+        for attribute, value in vars(holder).items()
+        if attribute.endswith("_hooks")
+    }
+
+
+@each_stranger
+@each_callback
+def test_trains_releases_everything_and_keeps_its_state(
+    stranger: Stranger, make: Callable[[], Callback], tmp_path: Path
+) -> None:
+    callback, watch, module = make(), Watch(), stranger.module()
+    trainer = stranger.fit(watch, callback, module=module, default_root_dir=tmp_path)
+
+    assert trainer.global_step == (6 if stranger.name == "manual" else 12)
+    assert not identical(weights(module), weights(stranger.fit(max_epochs=0).lightning_module))
+    watch.check(trainer, module)
+
+    file = io.BytesIO()
+    torch.save(callback.state_dict(), file)
+    file.seek(0)
+    restored = make()
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert restored.state_dict() == callback.state_dict()
+
+
+@each_stranger
+@each_callback
+def test_releases_everything_after_an_exception(
+    stranger: Stranger, make: Callable[[], Callback], tmp_path: Path
+) -> None:
+    watch, module = Watch(), stranger.module()
+    trainer = stranger.trainer([watch, make(), FailAt()], default_root_dir=tmp_path)
+    with pytest.raises(Failure):
+        trainer.fit(module)
+    watch.check(trainer, module)
+
+
+@each_stranger
+@pytest.mark.parametrize("make", NEUTRAL.values(), ids=NEUTRAL)
+def test_strength_zero_changes_no_bit(stranger: Stranger, make: Callable[[], Callback]) -> None:
+    assert identical(outcome(stranger.fit(make())), outcome(stranger.fit()))
+
+
+@each_stranger
+@each_callback
+def test_validation_and_test_change_nothing(stranger: Stranger, make: Callable[[], Callback], tmp_path: Path) -> None:
+    module = stranger.fit(max_epochs=0).lightning_module
+    before, flags = weights(module), [p.requires_grad for p in module.parameters()]
+    trainer = stranger.trainer([make()], default_root_dir=tmp_path)
+    trainer.validate(module, verbose=False)
+    trainer.test(module, verbose=False)
+    assert identical(weights(module), before)
+    assert [p.requires_grad for p in module.parameters()] == flags
+    assert not any(hooks(trainer, module).values())
+
+
+@each_stranger
+@each_callback
+def test_second_fit_owes_nothing_to_the_first(stranger: Stranger, make: Callable[[], Callback], tmp_path: Path) -> None:
+    def twice(*callbacks: Callback) -> Any:
+        module = stranger.module()
+        for callback in callbacks:
+            trainer = stranger.fit(callback, module=module, max_epochs=1, default_root_dir=tmp_path)
+        return outcome(trainer)
+
+    callback = make()
+    assert identical(twice(callback, callback), twice(make(), make()))
+
+
+@each_callback
+def test_the_same_trainer_continues(make: Callable[[], Callback], tmp_path: Path) -> None:
+    module = FILTERED.module()
+    trainer = FILTERED.fit(make(), module=module, max_epochs=1, default_root_dir=tmp_path)
+    before = weights(module)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    assert trainer.current_epoch == 2
+    assert not identical(weights(module), before)
