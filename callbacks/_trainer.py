@@ -59,7 +59,7 @@ class WindowTracker:
         self._step: int | None = None
 
     def begins(self, trainer: Trainer, batch_idx: int) -> bool:
-        """Call once at each ``on_train_batch_start``: True when no gradient of an earlier batch is pending."""
+        """Call once at each ``on_train_batch_start``: True after an optimiser step, and at an epoch's start."""
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
         return stepped or batch_idx == 0

@@ -89,7 +89,7 @@ class ExactResume(Callback):
                 self._save(trainer)
             self._saves = due
         assert self.seed is not None
-        seed_everything(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
+        _seed_generators(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def _save(self, trainer: Trainer) -> None:
         target = self.path(trainer)
@@ -127,8 +127,8 @@ class ExactResume(Callback):
         self.seed = state_dict["seed"]
 
 
-def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's (where it is loaded) and torch's generators from a key of integers."""
+def _seed_generators(*key: int) -> None:
+    """Seed Python's, NumPy's and torch's generators from a key of integers."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "big")
     random.seed(seed)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -39,7 +40,7 @@ class L2SP(Callback):
         kernels_only: Leave out biases and norms (tensors of fewer than two dimensions), as the paper does.
         blocks: Path of the list of blocks, where it is not found by itself (see
             :class:`~lightning_ft.core.LayerGroups`).
-        head: Paths of the head's modules, likewise.
+        head: Paths of the head's modules, likewise; ``[]`` if there is none, as in a language model with a tied head.
         groups: Regular expressions by group name, bottom to top, for a model without a list of blocks; the group
             named ``head`` has no anchor.
 
@@ -115,6 +116,11 @@ class L2SP(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release_hooks()
         body, head = self._split(pl_module)
+        if not head and self._head is None and self._groups is None:
+            rank_zero_warn(
+                f"L2SP found no head in {type(pl_module).__name__} and anchors every layer. If one of them is new, its "
+                'random weights are no anchor: name it, head="classifier". If there is none (a tied LM head), head=[]'
+            )
         if self._anchor is None or not self._restored:
             self._anchor = Anchor.capture(body)
         if self._fingerprint is not None:

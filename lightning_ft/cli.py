@@ -111,10 +111,7 @@ class FineTuningCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        callbacks = list(settings["callbacks"] or []) if not isinstance(settings["callbacks"], Callback) else []
-        callbacks = callbacks or ([settings["callbacks"]] if settings["callbacks"] else [])
-        plugins = settings["plugins"] or []
-        plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+        callbacks, plugins = _as_list(settings["callbacks"]), _as_list(settings["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         if self.subcommand == "fit":
@@ -143,6 +140,13 @@ class FineTuningCLI(LightningCLI):
         if settings["logger"] in (None, True):
             result["logger"] = CSVLogger(self._run, name="logs")
         return result
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What Trainer takes as one, several or none."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def last_checkpoint(root: Path) -> Path:

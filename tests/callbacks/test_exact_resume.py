@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
-from lightning_ft.callbacks.exact_resume import seed_everything
+from lightning_ft.callbacks.exact_resume import _seed_generators
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Stranger, dataset, identical, outcome
 
 # Six batches and three optimiser steps an epoch, thaws at the steps 2 (in mid-epoch), 4 and 6 (at a boundary),
@@ -148,7 +148,7 @@ def test_unseeded_resumed_run_differs(tmp_path: Path, uninterrupted: Any, monkey
     """The comparison above can fail: here with the same checkpoint, but random numbers left to themselves."""
     with pytest.raises(Killed):
         FILTERED.fit(*callbacks(FILTERED, tmp_path), Kill("on_after_backward", 1, 3), **options(FILTERED, tmp_path))
-    monkeypatch.setattr("lightning_ft.callbacks.exact_resume.seed_everything", lambda *key: None)
+    monkeypatch.setattr("lightning_ft.callbacks.exact_resume._seed_generators", lambda *key: None)
     trainer = FILTERED.fit(
         *callbacks(FILTERED, tmp_path), **options(FILTERED, tmp_path), ckpt_path=tmp_path / "last.ckpt"
     )
@@ -195,9 +195,9 @@ def test_refuses_a_fraction_of_endless_training(tmp_path: Path) -> None:
         FILTERED.fit(ExactResume(0.1, dirpath=tmp_path), max_epochs=-1)
 
 
-def test_seed_everything_is_a_function_of_the_whole_key() -> None:
+def test_seed_is_a_function_of_the_whole_key() -> None:
     def draw(*key: int) -> tuple[float, float, float]:
-        seed_everything(*key)
+        _seed_generators(*key)
         return random.random(), np.random.rand(), torch.rand(()).item()
 
     assert draw(0, 1, 2, 3) == draw(0, 1, 2, 3)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Filtered, Stranger, identical, outcome, weights
@@ -340,3 +341,44 @@ def test_refuses_a_model_whose_body_is_frozen() -> None:
 def test_refuses_bad_arguments_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         L2SP(**arguments)
+
+
+class Flat(LightningModule):
+    """Embedding, blocks and classifier side by side: nothing tells that the classifier is new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(9, 4)
+        self.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(2))
+        self.classifier = torch.nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.classifier(hidden.mean(1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_model_in_which_no_head_is_found_is_anchored_aloud() -> None:
+    def fit(**options: Any) -> None:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            callbacks=[L2SP(0.1, **options)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(Flat(), DataLoader(torch.ones(4, 3, dtype=torch.int64)))
+
+    with pytest.warns(UserWarning, match=r'no head in Flat .*head="classifier".*head=\[\]'):
+        fit()
+    fit(head="classifier")
+    fit(head=[])
