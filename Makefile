@@ -46,4 +46,4 @@ bench: .venv
 	$(BIN)/python benchmarks/overhead.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info runs
+	rm -rf $(VENV) .venv-lowest build dist *.egg-info

@@ -17,6 +17,7 @@ Not timed: tokenisation, evaluation, saving, logging. Nothing is said about accu
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -63,7 +64,7 @@ Batch = dict[str, Tensor]
 OURS, THEIRS, GROUPED = "lightning_ft", "HF Trainer", "HF Trainer by length"
 STRATEGIES = {THEIRS: "random", GROUPED: "group_by_length"}
 LENGTH, SEED, CLIP, WARMUP, TOLERANCE = 128, 0, 1.0, 0.1, 1e-5
-DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2"
+DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
 
 
 class Size(NamedTuple):

@@ -27,7 +27,8 @@ class ExactResume(Callback):
     generator state does not survive the data loader's own draws. And the state is saved in
     ``on_train_batch_start``, between two optimiser steps, when the validation, the schedulers and the hooks of the
     batch before are done; a checkpoint taken at a batch's end loses a validation that was due, or gradients that
-    were accumulated. The file, ``last.ckpt``, is replaced by one rename; another is written when training ends.
+    were accumulated. The file, ``last.ckpt``, is written at the first batch and replaced by one rename; the last one is
+    written when training ends. ``fast_dev_run`` writes none.
 
     The data loader must say where it stands (``state_dict``, ``load_state_dict``):
     :class:`lightning_ft.data.ResumableDataLoader` or torchdata's ``StatefulDataLoader``. Sums kept over an epoch by
@@ -35,11 +36,13 @@ class ExactResume(Callback):
 
     Args:
         every: Time between two saves: ``"500 steps"`` (optimiser steps), ``"1 epoch"``, or a fraction of training.
-        dirpath: Folder of ``last.ckpt``; ``checkpoints`` in the trainer's ``default_root_dir`` by default.
+        dirpath: Folder of ``last.ckpt``; ``checkpoints`` in the trainer's ``default_root_dir`` by default. The next run
+            of the same folder replaces the file: give each run a folder of its own, as the command line does.
         seed: Base seed; that of ``seed_everything`` by default, else 0. A resumed run keeps the seed of its checkpoint.
 
     Raises:
-        ValueError: A training data loader cannot say where it stands.
+        ValueError: A training data loader cannot say where it stands, or ModelCheckpoint(save_last=True) would write
+            the same file.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -70,6 +73,16 @@ class ExactResume(Callback):
             self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
         self._window = WindowTracker()
         self._saves = None
+        folder = self.path(trainer).parent
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if getattr(callback, "save_last", None) and Path(callback.dirpath or ".").resolve() == folder.resolve():
+                raise ValueError(
+                    f"{type(callback).__name__}(save_last=True) and ExactResume would both write {self.path(trainer)}, "
+                    "and only the one of ExactResume resumes exactly: remove save_last"
+                )
+        if trainer.is_global_zero:
+            for leftover in folder.glob(".*last.ckpt*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,20 +91,24 @@ class ExactResume(Callback):
                 raise ValueError(
                     f"ExactResume cannot resume a {type(loader).__name__}: it does not say which batches it has "
                     "delivered (state_dict, load_state_dict). Use lightning_ft.data.ResumableDataLoader or torchdata's "
-                    "StatefulDataLoader, or remove ExactResume and resume from whole epochs only"
+                    "StatefulDataLoader, or remove ExactResume (on the command line: --exact_resume false) and resume "
+                    "from whole epochs only"
                 )
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._window.begins(trainer, batch_idx):
             due = self.every.count(training_progress(trainer, batch_idx))
-            if self._saves is not None and due > self._saves:
+            # The first save is at once: a run that stops early is found by its own checkpoint, not by an older run's.
+            if self._saves is None or due > self._saves:
                 self._save(trainer)
             self._saves = due
         assert self.seed is not None
         _seed_generators(self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         target = self.path(trainer)
         temporary = target.with_name(f".{target.name}.tmp")
         trainer.save_checkpoint(temporary, weights_only=False)

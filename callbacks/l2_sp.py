@@ -121,6 +121,11 @@ class L2SP(Callback):
                 f"L2SP found no head in {type(pl_module).__name__} and anchors every layer. If one of them is new, its "
                 'random weights are no anchor: name it, head="classifier". If there is none (a tied LM head), head=[]'
             )
+        if any(p.dtype in (torch.bfloat16, torch.float16) for _, p in body):
+            rank_zero_warn(
+                "L2SP on weights of half precision: a pull smaller than half a unit in their last place (1e-4 at 0.05 "
+                'in bf16) is lost. Use Trainer(precision="bf16-mixed"), which keeps fp32 weights'
+            )
         if self._anchor is None or not self._restored:
             self._anchor = Anchor.capture(body)
         if self._fingerprint is not None:

@@ -16,7 +16,6 @@ from typing import get_args
 
 import torch
 
-from lightning_ft.export.extras import require
 from lightning_ft.export.parity import load_session
 from lightning_ft.export.timing import Runtime
 
@@ -54,8 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _torch_step(folder: Path, ids: torch.Tensor, threads: int) -> Callable[[], object]:
+    from transformers import AutoModelForSequenceClassification
+
     torch.set_num_threads(threads)
-    model = require("transformers").AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     mask = torch.ones_like(ids)
 
     def step() -> object:

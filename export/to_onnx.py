@@ -81,7 +81,7 @@ def to_onnx(
         load_session("served").run(["logits"], dict(tokenizer(["Fine."], return_tensors="np")))
     """
     onnx = require("onnx")
-    for package in ("onnxscript", "onnxruntime", "transformers"):
+    for package in ("onnxscript", "onnxruntime"):
         require(package)
     labels = _check_arguments(model, tokenizer, labels, opset, max_length, tolerance)
     graph, names = wrapper(model), graph_inputs(model, tokenizer)
@@ -162,8 +162,9 @@ def _check_arguments(
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    expected = require("transformers").PreTrainedModel
-    if not isinstance(model, expected):
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel, got {type(model).__name__}: give the `.model` of a "
             "LightningModule, `merge_and_unload()` of a peft model, `_orig_mod` of a compiled one"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import (
@@ -24,6 +24,7 @@ from lightning.pytorch.cli import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_ft import callbacks as _callbacks
@@ -53,12 +54,29 @@ class FineTuningTrainer(Trainer):
 
 
 class SaveFitConfig(SaveConfigCallback):
-    """Save the configuration of a fit beside its logs; evaluating a run writes nothing into it."""
+    """Save the configuration of a fit beside its logs; evaluating a run writes nothing into it.
+
+    Args:
+        parser: The parser of the configuration.
+        config: The configuration.
+        claim: The folder to make for a new run; None for one that goes on.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, *, claim: Path | None = None) -> None:
+        super().__init__(parser, config, overwrite=True)
+        self.claim = claim
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        # Only here, when all processes of this run have chosen the same folder.
+        if self.claim is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            try:
+                self.claim.mkdir(parents=True)
+            except FileExistsError as error:
+                raise FileExistsError(f"another fit has just taken {self.claim}: start this one again") from error
+        super().setup(trainer, pl_module, stage)
 
 
 class FineTuningCLI(LightningCLI):
@@ -66,7 +84,8 @@ class FineTuningCLI(LightningCLI):
 
     A fit gets a folder of its own, ``run_0``, ``run_1``, … in ``trainer.default_root_dir``, with ``checkpoints/``
     and ``logs/``. ``--ckpt_path last`` continues the newest run that has a checkpoint, in its folder. The
-    configuration names the model once: tokenizer, problem and labels of data and model are linked.
+    configuration names the model once: the data's ``tokenizer`` is always the model's ``pretrained``, its ``problem``
+    the model's, and the model's ``labels`` are the data's.
     """
 
     @override
@@ -103,10 +122,11 @@ class FineTuningCLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        self._root = Path(config.trainer.default_root_dir or "runs")
+        root = Path(config.trainer.default_root_dir or "runs")
         if config.get("ckpt_path") == "last":
-            config.ckpt_path = str(last_checkpoint(self._root))
-        self._run = run_folder(self._root, config.get("ckpt_path"))
+            config.ckpt_path = str(last_checkpoint(root))
+            rank_zero_info(f"--ckpt_path last: {config.ckpt_path}")
+        self._run = run_folder(root, config.get("ckpt_path"))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -115,6 +135,7 @@ class FineTuningCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
         if self.subcommand == "fit":
+            self.save_config_kwargs["claim"] = None if self._run.exists() else self._run
             kwargs |= self._fit_settings(settings, callbacks)
         elif self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in callbacks):
             callbacks.append(WritePredictions(self._run / "predictions.jsonl"))
@@ -122,20 +143,23 @@ class FineTuningCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, logger=logger, **kwargs)
 
     def _fit_settings(self, settings: Any, callbacks: list[Callback]) -> dict[str, Any]:
-        checkpoints = self._run / "checkpoints"
-        if not any(isinstance(callback, TrainingModeCheck) for callback in callbacks):
-            callbacks.insert(0, TrainingModeCheck())
-        if not any(isinstance(callback, ExactResume) for callback in callbacks) and self._get(
-            self.config_init, "exact_resume"
-        ):
-            callbacks.insert(0, ExactResume())
-        if settings["enable_checkpointing"] is not False and not any(isinstance(c, Checkpoint) for c in callbacks):
-            callbacks.append(ModelCheckpoint())
+        def lacks(kind: type[Callback]) -> bool:
+            return not any(isinstance(callback, kind) for callback in callbacks)
+
+        if lacks(TrainingModeCheck):
+            callbacks.append(TrainingModeCheck())
+        saves = settings["enable_checkpointing"] is not False
+        if saves and lacks(ExactResume) and self._get(self.config_init, "exact_resume"):
+            callbacks.append(ExactResume())
+        if saves and lacks(Checkpoint):
+            callbacks.append(ModelCheckpoint(enable_version_counter=False))
+        # First, so that what other callbacks draw comes from the generators that it seeds.
+        callbacks.sort(key=lambda callback: not isinstance(callback, ExactResume))
         for callback in callbacks:
             # One folder for the whole run: Lightning's default changes with the logger's version when it resumes,
             # and with it what ModelCheckpoint knows about the best checkpoint so far is dropped.
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str(checkpoints.absolute())
+                callback.dirpath = str((self._run / "checkpoints").absolute())
         result: dict[str, Any] = {"default_root_dir": str(self._run)}
         if settings["logger"] in (None, True):
             result["logger"] = CSVLogger(self._run, name="logs")

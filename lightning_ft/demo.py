@@ -45,7 +45,7 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
     prepare_data(root / "data")
     prepare_model(root / "model")
     if prepare:
-        print(f"Data and model are in {root}. Next: lightning-ft fit --config examples/demo.yaml")
+        print(f"Data and model are in {root}. Next: lightning-ft fit --config {_config()}")
         return
     cli, seconds = _fit(root)
     run = Path(cli.trainer.default_root_dir)
@@ -53,7 +53,7 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
     from lightning_ft.modules import SequenceClassification
 
     best = _best_checkpoint(cli)
-    module = SequenceClassification.load_from_checkpoint(best)
+    module = SequenceClassification.load_from_checkpoint(best).eval()
     cli.datamodule.setup("test")
     predicted, true = predict(module, cli.datamodule.test_dataloader())
     print("\nThe baseline: logistic regression on the frozen encoder's features …", flush=True)
@@ -88,13 +88,14 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
         path.write_text(json.dumps(results, indent=2), encoding="utf-8")
     print(f"\n{Report('Film reviews, test set', results)}\n")
     print(Report("Your sentences", {}, classify(module, sentences)))
+    config = _config()
     print(
         f"\nPictures: {run / 'confusion.png'}, {run / 'learning_curve.png'}. For serving: {run / 'onnx'}.\n\n"
         "What to try next:\n"
-        "  lightning-ft plan --config examples/demo.yaml               the phases and rates of this run\n"
-        "  lightning-ft fit --config examples/demo.yaml                stop it with Ctrl-C, then add --ckpt_path last\n"
-        "  lightning-ft test --config examples/demo.yaml --ckpt_path last\n"
-        "  lightning-ft demo 'A sentence of yours.'                    train again, classify what you like"
+        f"  lightning-ft plan --config {config}     the phases and rates of this run\n"
+        f"  lightning-ft fit --config {config}      stop it with Ctrl-C, then add --ckpt_path last\n"
+        f"  lightning-ft test --config {config} --ckpt_path last\n"
+        "  lightning-ft demo 'A sentence of yours.'          train again, classify what you like"
     )
 
 
@@ -126,6 +127,12 @@ def prepare_model(folder: Path) -> None:
     with atomic_folder(folder) as temporary:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(source / name, temporary / name)
+
+
+def _config() -> Path:
+    """The configuration, by its short name where the examples are at hand."""
+    example = Path("examples/demo.yaml")
+    return example if example.exists() else CONFIG
 
 
 def _package_folder(name: str) -> Path:

@@ -59,7 +59,12 @@ def plan(trainer: Trainer, model: LightningModule, datamodule: LightningDataModu
     if rows[-1]["from"] == "never":
         facts["warning"] = "training ends before the last phase: raise max_epochs, or shorten GradualUnfreezing's every"
     table = [
-        {"group": name, "tensors": len(groups.parameters(name)), "parameters": size[name], "LR": rates[name]}
+        {
+            "group": name,
+            "tensors": len(groups.parameters(name)),
+            "parameters": sum(p.numel() for p in groups.parameters(name)),
+            "LR": rates[name],
+        }
         for name in groups
     ]
     return [Report("Phases", facts, rows), Report("Layer groups, bottom to top", {}, table)]

@@ -18,7 +18,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Lightning's own writes to the system's temporary folder and moves the file, which across file systems is a copy:
     killed within it, the run is left with half a ``last.ckpt`` in place of the good one. Local files only; other
-    addresses (``s3://``) go through Lightning's own.
+    addresses (``s3://``) go through Lightning's own. A plugin is bound to its package: for ``lightning.pytorch``, not
+    for ``pytorch_lightning``.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -12,7 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
-_DATA = Path(__file__).parents[2] / "shared" / "data"
+_DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(autouse=True)
@@ -34,5 +34,5 @@ def minilm() -> str:
 def real_data() -> Path:
     """Folder of real data sets, which are not part of the project."""
     if not _DATA.is_dir():
-        pytest.skip(f"the real data sets are not at {_DATA}")
+        pytest.skip(f"the real data sets are not at {_DATA}: set LIGHTNING_FT_DATA")
     return _DATA

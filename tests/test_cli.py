@@ -16,6 +16,7 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from lightning_ft.cli import last_checkpoint, run_folder
+from lightning_ft.demo import CONFIG
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
 
@@ -45,43 +46,25 @@ def project(tmp_path: Path) -> Path:
             label = ["negative", "positive"][i % 2]
             lines.append(json.dumps({"text": " ".join([["bad", "good"][i % 2], *words]), "label": label}))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    settings = {
-        "seed_everything": 1,
-        "model": {
-            "class_path": "SequenceClassification",
-            "init_args": {"pretrained": "model", "learning_rate": 0.01, "weight_decay": 0.0},
-        },
-        "data": {
-            "class_path": "ClassificationData",
-            "init_args": {
-                "train": "train.jsonl",
-                "val": "val.jsonl",
-                "test": "test.jsonl",
-                "predict": "test.jsonl",
-                "batch_size": 4,
-            },
-        },
-        "trainer": {
-            "accelerator": "cpu",
-            "max_epochs": 3,
-            "accumulate_grad_batches": 2,
-            "val_check_interval": 0.5,
-            "log_every_n_steps": 1,
-            "gradient_clip_val": 1.0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                {"class_path": "GradualUnfreezing", "init_args": {"every": 0.15}},
-                {"class_path": "DiscriminativeLR", "init_args": {"decay": 0.8}},
-                {"class_path": "L2SP", "init_args": {"strength": 0.01, "head_strength": 0.01}},
-                {"class_path": "ExactResume", "init_args": {"every": "1 steps"}},
-                {
-                    "class_path": "ModelCheckpoint",
-                    "init_args": {"filename": "best", "monitor": "val_accuracy", "mode": "max"},
-                },
-            ],
-        },
+    # The demo's own configuration, with a small model, small data, and every trap of resuming switched on.
+    settings = yaml.safe_load(CONFIG.read_text())
+    settings["seed_everything"] = 1
+    settings["model"]["init_args"] |= {"pretrained": "model", "learning_rate": 0.01}
+    files = {"train": "train.jsonl", "val": "val.jsonl", "test": "test.jsonl", "predict": "test.jsonl"}
+    settings["data"]["init_args"] |= {**files, "batch_size": 4}
+    settings["trainer"] |= {
+        "default_root_dir": "runs",
+        "max_epochs": 3,
+        "accumulate_grad_batches": 2,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
     }
+    callbacks = {callback["class_path"]: callback["init_args"] for callback in settings["trainer"]["callbacks"]}
+    assert settings["trainer"]["val_check_interval"] == 0.5
+    callbacks["GradualUnfreezing"]["every"] = 0.15
+    callbacks["DiscriminativeLR"]["decay"] = 0.8
+    callbacks["ExactResume"]["every"] = "1 steps"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
@@ -120,31 +103,29 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert stages[0]["stage"] == 4
 
 
-def kill_at(project: Path, batch: int) -> None:
-    """Run a fit and kill it with SIGKILL when it has trained on this many batches in all."""
-    spy = f"""
+def kill_at(project: Path, hook: str, call: int) -> None:
+    """Run a fit and kill it with SIGKILL in the given call of a hook, in training."""
+    killer = f"""
 import os, signal, sys
 from lightning.pytorch import Callback
 from lightning_ft import cli
-from lightning_ft.callbacks import ExactResume
-seen = 0
+calls = 0
 class Killer(Callback):
-    def on_train_batch_end(self, *args):
-        global seen
-        seen += 1
-        if seen == {batch}:
+    def {hook}(self, trainer, *args):
+        global calls
+        calls += not trainer.sanity_checking
+        if calls == {call}:
             os.kill(os.getpid(), signal.SIGKILL)
-cli._callbacks.Killer = Killer
-sys.argv = ["lightning-ft", "fit", "--config", "config.yaml"]
 original = cli.FineTuningCLI._fit_settings
 def with_killer(self, settings, callbacks):
     callbacks.append(Killer())
     return original(self, settings, callbacks)
 cli.FineTuningCLI._fit_settings = with_killer
+sys.argv = ["lightning-ft", "fit", "--config", "config.yaml"]
 cli.main()
 """
     done = subprocess.run(
-        [sys.executable, "-c", spy],
+        [sys.executable, "-c", killer],
         cwd=project,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -154,18 +135,29 @@ cli.main()
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
 
-# 75 rows in batches of 4: 19 batches an epoch, 10 optimiser steps; validation after batches 9 and 18.
-KILLS = {"first epoch": 7, "in a validation's batch": 28, "an epoch's last batch": 38, "mid-window": 46}
-
-
-@pytest.mark.kill
-@pytest.mark.parametrize("batch", KILLS.values(), ids=KILLS.keys())
-def test_killed_and_resumed_run_equals_the_uninterrupted_one(project: Path, batch: int) -> None:
+# 75 rows in batches of 4: 19 batches an epoch, 10 optimiser steps; validation after batches 9 and 18, in 5 batches.
+@pytest.mark.parametrize(
+    ("hook", "call"),
+    [
+        pytest.param("on_train_batch_end", 38, id="an epoch's last batch"),
+        pytest.param("on_train_batch_end", 7, id="first epoch", marks=pytest.mark.kill),
+        pytest.param("on_train_batch_end", 28, id="before a validation", marks=pytest.mark.kill),
+        pytest.param("on_validation_batch_end", 12, id="inside a validation", marks=pytest.mark.kill),
+        pytest.param("on_train_batch_end", 45, id="inside a window", marks=pytest.mark.kill),
+        pytest.param("on_save_checkpoint", 12, id="while saving", marks=pytest.mark.kill),
+    ],
+)
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(project: Path, hook: str, call: int) -> None:
     lightning_ft(project, "fit", "--config", "config.yaml")
-    kill_at(project, batch)
-    lightning_ft(project, "fit", "--config", "config.yaml", "--ckpt_path", "last")
-    assert sorted(p.name for p in (project / "runs").iterdir()) == ["run_0", "run_1"]
-    assert_equal_runs(project / "runs" / "run_0", project / "runs" / "run_1")
+    kill_at(project, hook, call)
+    output = lightning_ft(project, "fit", "--config", "config.yaml", "--ckpt_path", "last")
+    assert "--ckpt_path last: runs/run_1/checkpoints/last.ckpt" in output
+    runs = [project / "runs" / "run_0", project / "runs" / "run_1"]
+    assert sorted((project / "runs").iterdir()) == runs
+    assert_equal_runs(*runs)
+    for run in runs:
+        assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    torch.testing.assert_close(*(weights(run / "checkpoints" / "best.ckpt") for run in runs), rtol=0, atol=0)
 
 
 def test_configuration_names_the_model_once_and_labels_come_from_the_data(project: Path) -> None:
@@ -269,3 +261,48 @@ def test_a_module_that_knows_nothing_of_us_runs_from_the_command_line(project: P
     output = lightning_ft(project, "fit", *arguments, code=1)
     assert "ExactResume cannot resume a DataLoader" in output
     lightning_ft(project, "fit", *arguments, "--exact_resume", "false")
+
+
+def test_schedulers_of_the_command_line_step_by_step(project: Path) -> None:
+    lightning_ft(
+        project,
+        *("fit", "--config", "config.yaml", "--trainer.max_epochs", "1", "--trainer.logger", "false"),
+        *("--optimizer", "SGD", "--optimizer.lr", "0.1"),
+        *("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1", "--lr_scheduler.gamma", "0.5"),
+    )
+    stored = torch.load(project / "runs" / "run_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert stored["lr_schedulers"][0]["_last_lr"] == [pytest.approx(0.1 * 0.5**10)]
+    # Without a logger the configuration lies in the run's own folder, and resuming may write it again.
+    lightning_ft(
+        project,
+        *("fit", "--config", "config.yaml", "--trainer.max_epochs", "2", "--trainer.logger", "false"),
+        *("--optimizer", "SGD", "--optimizer.lr", "0.1", "--ckpt_path", "last"),
+        *("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1", "--lr_scheduler.gamma", "0.5"),
+    )
+    assert [path.name for path in (project / "runs").iterdir()] == ["run_0"]
+
+
+def test_callbacks_are_added_by_short_name_and_a_dry_run_leaves_no_checkpoint(project: Path) -> None:
+    config = project / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"]["callbacks"] = settings["trainer"]["callbacks"][1:]
+    config.write_text(yaml.safe_dump(settings))
+    output = lightning_ft(
+        project,
+        *("fit", "--config", "config.yaml", "--trainer.fast_dev_run", "true"),
+        *("--trainer.callbacks+=GradualUnfreezing", "--trainer.callbacks.every=1 epoch"),
+    )
+    assert "phase 1 of 5: tail, head train" in output
+    assert not (project / "runs").exists()
+
+
+def test_a_folder_taken_meanwhile_is_refused(project: Path) -> None:
+    from lightning_ft.cli import SaveFitConfig
+
+    class Fit:
+        is_global_zero, fast_dev_run = True, False
+
+    (project / "runs" / "run_0").mkdir(parents=True)
+    callback = SaveFitConfig(None, None, claim=project / "runs" / "run_0")  # type: ignore[arg-type]
+    with pytest.raises(FileExistsError, match="start this one again"):
+        callback.setup(Fit(), None, "fit")  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,11 +88,12 @@ def test_importing_callbacks_is_as_light_as_lightning() -> None:
 
 def test_wheel_imports_every_subpackage_away_from_the_tree(tmp_path: Path) -> None:
     run = [sys.executable, "-m"]
-    subprocess.run(
-        [*run, "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
-        check=True,
-        capture_output=True,
-    )
+    # A copy, since a build in the tree would take along what an earlier one left there.
+    tree = tmp_path / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
+    build = [*run, "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
+    subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*run, "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they are; its shell blocks name commands that exist."""
+"""The README's Python blocks run as they are, its YAML is planned, its two commands are make targets."""
 
 from __future__ import annotations
 
@@ -10,23 +10,42 @@ from pathlib import Path
 
 import pytest
 
+from lightning_ft.demo import prepare_data, prepare_model
+
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("block", [text for language, text in BLOCKS if language == "python"])
-def test_python_block_runs(block: str, tmp_path: Path) -> None:
-    from lightning_ft.demo import prepare_data, prepare_model
+def blocks(language: str) -> list[str]:
+    found = [text for name, text in BLOCKS if name == language]
+    assert found
+    return found
 
-    prepare_data(tmp_path / "runs" / "demo" / "data", held_out=32)
-    prepare_model(tmp_path / "runs" / "demo" / "model")
+
+def run(folder: Path, *command: str) -> str:
+    """Run Python in a folder that holds the demo's data and model."""
+    prepare_data(folder / "runs" / "demo" / "data", held_out=32)
+    prepare_model(folder / "runs" / "demo" / "model")
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False
+        [sys.executable, *command], cwd=folder, env=os.environ, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_readme_names_the_two_commands() -> None:
-    shell = "\n".join(text for language, text in BLOCKS if language == "bash")
-    assert "make demo" in shell
-    assert "make test" in shell
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_block_runs(block: str, tmp_path: Path) -> None:
+    run(tmp_path, "-c", block)
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_yaml_block_is_a_configuration(block: str, tmp_path: Path) -> None:
+    (tmp_path / "readme.yaml").write_text(block)
+    assert "Phases" in run(tmp_path, "-m", "lightning_ft", "plan", "--config", "readme.yaml")
+
+
+def test_the_two_commands_are_make_targets() -> None:
+    named = re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    assert named == ["demo", "test"]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name}:", makefile, flags=re.MULTILINE) for name in named)

@@ -35,11 +35,14 @@ class Anchor:
         """The references of these parameters, in their order, moved to their device and dtype.
 
         Raises:
-            KeyError: A parameter has no reference of its name.
-            ValueError: A reference has another shape than its parameter.
+            ValueError: A parameter has no reference of its name, or one of another shape.
         """
         references = []
         for name, parameter in named_parameters:
+            if name not in self.tensors:
+                raise ValueError(
+                    f"{name} trains now and did not when the anchor was taken: thaw or add it before the fit starts"
+                )
             reference = self.tensors[name].to(device=parameter.device, dtype=parameter.dtype)
             if reference.shape != parameter.shape:
                 raise ValueError(
@@ -56,7 +59,9 @@ class Anchor:
             "tensors": len(self.tensors),
             "values": sum(tensor.numel() for tensor in self.tensors.values()),
             "sum_of_squares": math.fsum(
-                float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2 for tensor in self.tensors.values()
+                # On the CPU: not every accelerator has float64.
+                float(torch.linalg.vector_norm(tensor.cpu(), dtype=torch.float64)) ** 2
+                for tensor in self.tensors.values()
             ),
         }
 

@@ -24,12 +24,12 @@ def matthews_from_confusion(confusion: Tensor) -> Tensor:
     Reference:
         Gorodkin 2004, "Comparing two K-category assignments by a K-category correlation coefficient".
     """
-    counts = confusion.double()
+    counts = confusion.cpu().double()  # not every accelerator has float64
     true, predicted = counts.sum(1), counts.sum(0)
     total = counts.sum()
     covariance = counts.trace() * total - true @ predicted
     spread = (total**2 - predicted @ predicted) * (total**2 - true @ true)
-    return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0).float()
+    return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0).float().to(confusion.device)
 
 
 class MatthewsCorrCoef(MulticlassConfusionMatrix):

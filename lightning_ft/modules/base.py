@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
 from typing_extensions import override
 
 from lightning_ft.functional.learning_rates import decay_groups, warmup_then
@@ -89,9 +88,10 @@ class TransformerModule(LightningModule):
             raise ValueError(f"warmup={warmup!r} must be a share of training in [0, 1), such as 0.1")
         if schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f'schedule={schedule!r} must be "linear", "cosine" or "constant"')
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup = warmup
+        # Plain numbers: NumPy's would reach the optimiser's state, and a weights-only checkpoint refuses them.
+        self.learning_rate = float(learning_rate)
+        self.weight_decay = float(weight_decay)
+        self.warmup = float(warmup)
         self.schedule: Schedule = schedule
         self._source = pretrained
         self._trust_remote_code = trust_remote_code
@@ -102,6 +102,7 @@ class TransformerModule(LightningModule):
             self.model: PreTrainedModel = _load(
                 model_class, pretrained, config_updates, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
             )
+        self._give_pad_token()
         # from_pretrained returns eval mode, which Lightning would keep: no dropout in the whole training.
         self.model.train()
         self.model.requires_grad_(True)
@@ -117,6 +118,12 @@ class TransformerModule(LightningModule):
             self._source, trust_remote_code=self._trust_remote_code
         )
         return tokenizer
+
+    def _give_pad_token(self) -> None:
+        """Decoders come without one, and cannot find the last token of a padded text: theirs becomes the EOS token."""
+        if self.model.config.pad_token_id is None and self.tokenizer is not None:
+            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -155,36 +162,51 @@ class TransformerModule(LightningModule):
             "tokenizer": self._tokenizer_files,
         }
 
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if _KEY not in checkpoint:
+            return
+        stored, now = json.loads(checkpoint[_KEY]["config"]), self.model.config
+        labels = {int(index): name for index, name in stored["id2label"].items()}
+        if (labels, stored["problem_type"]) != (now.id2label, now.problem_type):
+            raise ValueError(
+                f"the checkpoint was trained with labels {list(labels.values())} ({stored['problem_type']}), and this "
+                f"module has {list(now.id2label.values())} ({now.problem_type}): give labels=[...] in the checkpoint's "
+                "order, to the data module where labels come from the data"
+            )
+
     @cached_property
-    def _tokenizer_files(self) -> dict[str, str]:
+    def _tokenizer_files(self) -> dict[str, torch.Tensor]:
         if self.tokenizer is None:
             return {}
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-            return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
+            # As tensors: a weights-only checkpoint holds no bytes, and sentencepiece models are no text.
+            contents = {path.relative_to(folder).as_posix(): bytearray(path.read_bytes()) for path in files}
+            return {name: torch.frombuffer(data, dtype=torch.uint8) for name, data in contents.items() if data}
 
     @classmethod
     @override
     def load_from_checkpoint(  # type: ignore[override]
-        cls: type[_Module], checkpoint_path: str | os.PathLike[str], map_location: Any = "cpu"
+        cls: type[_Module], checkpoint_path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
     ) -> _Module:
-        """Build the module as it was trained, from its checkpoint alone; in eval mode.
+        """Build the module as it was trained, from its checkpoint alone; in train mode, as every new module.
 
         Args:
             checkpoint_path: A checkpoint that a trainer wrote. It is read with ``weights_only=True``.
-            map_location: Device for the weights.
+            map_location: Device of the module.
 
         Raises:
             ValueError: The file is no checkpoint of this class.
         """
-        checkpoint = read_checkpoint(checkpoint_path, map_location)
+        checkpoint = read_checkpoint(checkpoint_path)
         stored = checkpoint[_KEY]
         if stored["class"] != cls.__name__:
             raise ValueError(f"{checkpoint_path} holds a {stored['class']}, not a {cls.__name__}")
         module = cls(_stored_architecture(stored), **stored["arguments"])
         module.load_state_dict(checkpoint["state_dict"])
-        return module.eval()
+        return module.to(map_location)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open."""
@@ -193,7 +215,7 @@ class TransformerModule(LightningModule):
             self.tokenizer.save_pretrained(folder)
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a checkpoint that one of our modules wrote, without running any code in it.
 
     Raises:
@@ -202,7 +224,7 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> 
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
-    checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if _KEY not in checkpoint:
         raise ValueError(
             f"{path} was not written by a lightning_ft module (it has the keys {sorted(checkpoint)}): load it with the "
@@ -216,12 +238,15 @@ def _stored_architecture(stored: Mapping[str, Any]) -> Architecture:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(stored["config"], encoding="utf-8")
-        for name, text in stored["tokenizer"].items():
-            path = Path(folder, name)
+        root = Path(folder).resolve()
+        for name, content in stored["tokenizer"].items():
+            path = (root / name).resolve()
+            if not path.is_relative_to(root):
+                raise ValueError(f"the checkpoint names a tokenizer file {name!r} outside its folder: do not trust it")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content.numpy().tobytes())
         config = json.loads(stored["config"])
-        tokenizer = AutoTokenizer.from_pretrained(folder) if stored["tokenizer"] else None
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if stored["tokenizer"] else None
         return Architecture(AutoConfig.for_model(**config), tokenizer)
 
 
@@ -268,18 +293,15 @@ def _plain(value: Any) -> Any:
         return None
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if hasattr(value, "tolist"):  # NumPy's and torch's arrays and scalars
+        return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
 
 
-def trainable_parameters(module: nn.Module) -> int:
-    """Number of values that train."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def load_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu") -> TransformerModule:
-    """The module that a checkpoint holds, of whichever head, in eval mode.
+def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> TransformerModule:
+    """The module that a checkpoint holds, of whichever head.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -85,6 +85,9 @@ class SequenceClassification(TransformerModule):
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
+        # Lists, whatever came: Lightning compares constructor arguments by ==, which arrays answer with an array.
+        labels = None if labels is None else [str(name) for name in labels]
+        class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
         arguments = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
         names = _label_names(labels, num_labels, problem)
         from transformers import AutoModelForSequenceClassification
@@ -136,7 +139,7 @@ class SequenceClassification(TransformerModule):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss over a batch, in fp32."""
         logits = logits.float()
-        weights = self.class_weights
+        weights = None if self.class_weights is None else self.class_weights.float()
         if self.problem == "regression":
             return F.mse_loss(logits.squeeze(-1), labels.float())
         if self.problem == "multi_label":
@@ -203,7 +206,7 @@ def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem: 
         if labels or num_labels not in (None, 1):
             raise ValueError(f"labels={labels!r}, num_labels={num_labels!r}: regression has one output and no labels")
         return ["score"]
-    names = [str(name) for name in labels] if labels else [f"LABEL_{i}" for i in range(num_labels or 0)]
+    names = list(labels) if labels else [f"LABEL_{i}" for i in range(num_labels or 0)]
     if labels and num_labels not in (None, len(names)):
         raise ValueError(f"num_labels={num_labels} contradicts labels, which names {len(names)}: pass one of them")
     if len(set(names)) != len(names):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
@@ -165,7 +166,7 @@ def test_saves_when_due_and_leaves_one_file(tmp_path: Path) -> None:
             steps.append(trainer.global_step)
 
     trainer = FILTERED.fit(Spy("5 steps"), default_root_dir=tmp_path)
-    assert steps == [5, 10, 12]
+    assert steps == [0, 5, 10, 12]
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12
     assert Spy().path(trainer) == tmp_path / "checkpoints" / "last.ckpt"
@@ -188,6 +189,26 @@ def test_refuses_a_loader_that_cannot_say_where_it_stands(tmp_path: Path) -> Non
     trainer = FILTERED.trainer([ExactResume(dirpath=tmp_path)])
     with pytest.raises(ValueError, match=r"cannot resume a DataLoader: .* Use lightning_ft.data.ResumableDataLoader"):
         trainer.fit(FILTERED.module(), DataLoader(dataset(), 4))
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_refuses_another_writer_of_its_file(save_last: Any, tmp_path: Path) -> None:
+    rival = ModelCheckpoint(tmp_path, save_last=save_last)
+    with pytest.raises(ValueError, match=r"ModelCheckpoint\(save_last=True\) and ExactResume .* remove save_last"):
+        FILTERED.fit(ExactResume(dirpath=tmp_path), rival, enable_checkpointing=True)
+    FILTERED.fit(ExactResume(dirpath=tmp_path / "own"), rival, enable_checkpointing=True, max_epochs=1)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    FILTERED.fit(ExactResume(dirpath=tmp_path / "checkpoints"), fast_dev_run=True)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    for name in (".last.ckpt.tmp", "..last.ckpt.tmp.123.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    FILTERED.fit(ExactResume(dirpath=tmp_path), max_epochs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_refuses_a_fraction_of_endless_training(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def trainer(*callbacks: Callback, **kwargs: Any) -> Trainer:
     )
 
 
-def test_batches_equal_the_tokenizers_own(minilm: str, shared: Path) -> None:
+def test_batches_equal_the_tokenizers_own(minilm: str, real_data: Path) -> None:
     from transformers import AutoTokenizer
 
-    path = shared / "mrpc" / "dev.jsonl"
+    path = real_data / "mrpc" / "dev.jsonl"
     data = ClassificationData(minilm, str(path), text="sentence1", text_pair="sentence2", max_length=40, batch_size=16)
     data.setup("fit")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -241,10 +241,10 @@ def test_ranks_come_from_the_trainer(minilm: str) -> None:
     assert [len(batch) for batch in data.val_dataloader().sampler] == [6, 5, 5]
 
 
-def test_bucket_pads_less(minilm: str, shared: Path) -> None:
+def test_bucket_pads_less(minilm: str, real_data: Path) -> None:
     from transformers import AutoTokenizer
 
-    path = shared / "sst2" / "dev.jsonl"
+    path = real_data / "sst2" / "dev.jsonl"
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     full = [len(tokenizer(json.loads(line)["text"])["input_ids"]) for line in path.read_text().splitlines()]
 

@@ -92,8 +92,8 @@ def test_unknown_labels_are_named(problem: str, values: list) -> None:
         encode_labels(source(values), "y", read, [f"l{i}" for i in range(25)])
 
 
-def test_real_labels(shared: Path) -> None:
+def test_real_labels(real_data: Path) -> None:
     from lightning_ft.data import read_source
 
-    trec = read_source(str(shared / "trec6" / "train.jsonl"), ["label"])
+    trec = read_source(str(real_data / "trec6" / "train.jsonl"), ["label"])
     assert len(infer_labels(read_labels(trec, "label", "single_label"))) == 6

@@ -6,7 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers as hf
@@ -226,10 +228,65 @@ def test_checkpoint_alone_rebuilds_the_module(minilm: str, tmp_path: Path) -> No
     ):
         assert loaded.labels == ["no", "yes"]
         assert loaded.class_weights.tolist() == [1.0, 2.0]
-        assert not loaded.training
+        assert loaded.training
+        assert loaded.model.training
         assert loaded.tokenizer("a fine film")["input_ids"] == model.tokenizer("a fine film")["input_ids"]
         assert loaded.tokenizer.padding_side == "right"
         torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def saved(model: SequenceClassification, path: Path) -> Path:
+    runner = trainer(max_steps=1)
+    fit(runner, model, batches(torch.arange(12) % len(model.labels), 2))
+    runner.save_checkpoint(path, weights_only=False)
+    return path
+
+
+def test_checkpoint_cannot_write_outside_the_folder_it_is_unpacked_in(tmp_path: Path) -> None:
+    checkpoint = torch.load(saved(module(), tmp_path / "a.ckpt"), weights_only=True)
+    target = tmp_path / "target"
+    for name in (str(target), "../../../../../../../../" + str(target)[1:]):
+        checkpoint["lightning_ft"]["tokenizer"] = {name: torch.zeros(3, dtype=torch.uint8)}
+        torch.save(checkpoint, tmp_path / "b.ckpt")
+        with pytest.raises(ValueError, match=r"outside its folder: do not trust it"):
+            load_checkpoint(tmp_path / "b.ckpt")
+    assert not target.exists()
+
+
+def test_checkpoint_of_other_labels_is_refused(tmp_path: Path) -> None:
+    path = str(saved(module(labels=["a", "b"]), tmp_path / "a.ckpt"))
+    loader = batches(torch.arange(8) % 2)
+    trainer().validate(module(labels=["a", "b"]), loader, ckpt_path=path, verbose=False)
+    with pytest.raises(ValueError, match=r"trained with labels \['a', 'b'\].*this module has \['b', 'a'\]"):
+        trainer().validate(module(labels=["b", "a"]), loader, ckpt_path=path)
+    with pytest.raises(ValueError, match=r"\(single_label_classification\).*\(multi_label_classification\)"):
+        trainer().validate(module(labels=["a", "b"], problem="multi_label"), loader, ckpt_path=path)
+
+
+def test_numpy_arguments_do_not_spoil_the_checkpoint(tmp_path: Path) -> None:
+    model = module(labels=np.array(["a", "b"]), class_weights=np.array([1.0, 2.0]), learning_rate=np.float64(0.01))
+    loaded = SequenceClassification.load_from_checkpoint(saved(model, tmp_path / "a.ckpt"))
+    assert loaded.labels == ["a", "b"]
+    assert loaded.class_weights.tolist() == [1.0, 2.0]
+
+
+def test_decoder_without_a_pad_token_gets_the_eos_token() -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "film": 2, "<unk>": 3}, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    config = tiny("gpt2").config
+    config.pad_token_id = None
+    model = SequenceClassification(Architecture(config, tokenizer), num_labels=2).eval()
+    assert (config.pad_token_id, model.model.config.pad_token_id) == (None, 0)
+    with torch.no_grad():
+        alone = model(model.tokenizer(["a film"], return_tensors="pt"))
+        padded = model(model.tokenizer(["a film", "a film a film"], padding=True, return_tensors="pt"))
+    torch.testing.assert_close(padded[:1], alone)
+
+
+def test_class_weights_under_bf16_weights() -> None:
+    model = module(class_weights=[1.0, 2.0, 3.0]).bfloat16()
+    assert model.loss(torch.randn(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 0])).dtype == torch.float32
 
 
 def test_saved_folder_opens_in_pipeline_with_equal_scores(minilm: str, tmp_path: Path) -> None:
