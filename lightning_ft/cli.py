@@ -59,7 +59,7 @@ class SaveFitConfig(SaveConfigCallback):
     Args:
         parser: The parser of the configuration.
         config: The configuration.
-        claim: The folder to make for a new run; None for one that goes on.
+        claim: The folder that a new run takes for itself; None for a run that goes on.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, *, claim: Path | None = None) -> None:
@@ -72,8 +72,9 @@ class SaveFitConfig(SaveConfigCallback):
             return
         # Only here, when all processes of this run have chosen the same folder.
         if self.claim is not None and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.claim.mkdir(parents=True, exist_ok=True)  # the logger may have made it
             try:
-                self.claim.mkdir(parents=True)
+                (self.claim / ".claimed").touch(exist_ok=False)
             except FileExistsError as error:
                 raise FileExistsError(f"another fit has just taken {self.claim}: start this one again") from error
         super().setup(trainer, pl_module, stage)

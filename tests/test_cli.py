@@ -303,6 +303,7 @@ def test_a_folder_taken_meanwhile_is_refused(project: Path) -> None:
         is_global_zero, fast_dev_run = True, False
 
     (project / "runs" / "run_0").mkdir(parents=True)
+    (project / "runs" / "run_0" / ".claimed").touch()
     callback = SaveFitConfig(None, None, claim=project / "runs" / "run_0")  # type: ignore[arg-type]
     with pytest.raises(FileExistsError, match="start this one again"):
         callback.setup(Fit(), None, "fit")  # type: ignore[arg-type]
