@@ -63,12 +63,15 @@ class DiscriminativeLR(Callback):
 
     def multipliers(self, module: LightningModule) -> dict[str, float]:
         """The factor of each layer group of this module, bottom to top."""
-        return depth_multipliers(self.groups(module).names, decay=self.decay, head_gap=self.head_gap)
+        return self._multipliers(self.groups(module))
+
+    def _multipliers(self, groups: LayerGroups) -> dict[str, float]:
+        return depth_multipliers(groups.names, decay=self.decay, head_gap=self.head_gap)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         groups = self.groups(pl_module)
-        multipliers = depth_multipliers(groups.names, decay=self.decay, head_gap=self.head_gap)
+        multipliers = self._multipliers(groups)
         factors = {id(p): multipliers[name] for name in groups for p in groups.parameters(name)}
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
