@@ -36,3 +36,11 @@ def real_data() -> Path:
     if not _DATA.is_dir():
         pytest.skip(f"the real data sets are not at {_DATA}: set LIGHTNING_FT_DATA")
     return _DATA
+
+
+@pytest.fixture(autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of tokens of our own."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")

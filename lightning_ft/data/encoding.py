@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,19 +55,31 @@ class Padding:
             )
         return cls(token, tokenizer.pad_token_type_id, tokenizer.padding_side == "left", multiple)
 
+    def of_column(self, name: str) -> int:
+        """What fills up a column of lists."""
+        return {"input_ids": self.token, "token_type_ids": self.token_type, "labels": -100}.get(name, 0)
 
-class EncodedRows(TorchDataset[dict[str, Tensor]]):
+    def mask(self, lengths: Tensor) -> Tensor:
+        """Where the tokens of rows of these lengths lie, ``(rows, width)``."""
+        width = -(-int(lengths.max()) // self.multiple) * self.multiple
+        column = torch.arange(width)
+        return column >= width - lengths[:, None] if self.left else column < lengths[:, None]
+
+
+class EncodedRows(TorchDataset[dict[str, Any]]):
     """Rows of tokens; a list of positions gives one padded batch.
 
     A batch is cut out of the memory-mapped table and filled into the rectangle by two array operations: 0.06 ms for 32
     rows of SST-2, where ``tokenizer.pad`` takes 1.3 ms.
 
     Args:
-        tokens: From `tokenize`.
+        tokens: A table with ``input_ids`` and what else the batches shall hold: columns of lists as long as
+            ``input_ids`` become ``(batch, width)``, filled up on the same side (``labels`` with -100, others with 0
+            where ``padding`` has no value for them); columns of numbers become ``(batch,)``. ``truncated`` is left out.
         padding: How to fill up.
         labels: ``(source rows,)`` class numbers (64-bit integers), lists of them, or 32-bit floats; None for none.
         num_labels: Width of the 0/1 rows that lists of class numbers become.
-        rows: Numbers of the source rows that are in the set, ``(rows,)``; None for all.
+        rows: Numbers of the table's rows that are in the set, ``(rows,)``; None for all.
     """
 
     def __init__(
@@ -86,32 +98,41 @@ class EncodedRows(TorchDataset[dict[str, Tensor]]):
         self.rows = torch.arange(len(tokens)) if rows is None else rows
         self.lengths = token_counts(tokens)[self.rows]
 
+    @property
+    def truncated(self) -> Tensor | None:
+        """Which rows were cut, ``(rows,)``, where the table says so."""
+        if "truncated" not in self.tokens.column_names:
+            return None
+        return torch.tensor(self.tokens.data["truncated"].to_pylist())[self.rows]
+
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+    def __getitem__(self, positions: Sequence[int]) -> dict[str, Any]:
         """A batch of tensors.
 
         Args:
             positions: Positions in the set, ``(batch,)``.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``:
-            ``(batch, width)``; ``row``, the row's number in the source: ``(batch,)``; ``labels``: ``(batch,)``, or
-            ``(batch, num_labels)`` where they are lists.
+            ``input_ids``, ``attention_mask`` and the table's other columns; ``row``, the row's number in the source:
+            ``(batch,)``, unless the table has a column ``row``; ``labels``: ``(batch,)``, or ``(batch, num_labels)``
+            where they are lists.
         """
         rows = self.rows[torch.as_tensor(positions)]
         table = self.tokens[rows.tolist()]
         lengths = self.lengths[torch.as_tensor(positions)]
-        width = -(-int(lengths.max()) // self.padding.multiple) * self.padding.multiple
-        column = torch.arange(width)
-        mask = column >= width - lengths[:, None] if self.padding.left else column < lengths[:, None]
-        batch = {"input_ids": _fill(table["input_ids"], mask, self.padding.token), "attention_mask": mask.long()}
-        if "token_type_ids" in table.column_names:
-            batch["token_type_ids"] = _fill(table["token_type_ids"], mask, self.padding.token_type)
+        mask = self.padding.mask(lengths)
+        batch: dict[str, Any] = {"attention_mask": mask.long(), "row": rows}
+        for name in table.column_names:
+            if name != "truncated":
+                values = table[name].combine_chunks()
+                batch[name] = (
+                    fill(values, mask, self.padding.of_column(name)) if is_list(values.type) else _tensor(values)
+                )
         if self.labels is not None:
             batch["labels"] = self._labels(rows)
-        return {**batch, "row": rows}
+        return batch
 
     # A DataLoader that batches by itself calls this one, and hands the result to `collate_fn`.
     __getitems__ = __getitem__
@@ -120,11 +141,9 @@ class EncodedRows(TorchDataset[dict[str, Tensor]]):
         assert self.labels is not None
         labels = self.labels.take(rows.numpy())
         if not is_list(labels.type):
-            return torch.from_numpy(_writable(labels))
+            return _tensor(labels)
         hot = torch.zeros(len(rows), self.num_labels)
-        hot[
-            torch.from_numpy(_writable(labels.value_parent_indices())), torch.from_numpy(_writable(labels.flatten()))
-        ] = 1
+        hot[_tensor(labels.value_parent_indices()), _tensor(labels.flatten())] = 1
         return hot
 
 
@@ -159,14 +178,9 @@ def tokenize(source: Source, columns: Sequence[str], tokenizer: PreTrainedTokeni
         TypeError: A column that does not hold text.
         ValueError: A null, or a text of which the tokenizer makes no token at all.
     """
-    import datasets
     import pyarrow as pa
-    from datasets.fingerprint import Hasher
 
     table = pa.table({column: source.texts(column) for column in columns})
-    key = Hasher.hash([table, _identity(tokenizer), max_length])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
         encoded = tokenizer(
@@ -178,21 +192,54 @@ def tokenize(source: Source, columns: Sequence[str], tokenizer: PreTrainedTokeni
             truncated = [bool(encoding.overflowing) for encoding in encoded.encodings]
         return {**encoded, "truncated": truncated}
 
-    tokens = datasets.Dataset(table).map(
-        encode,
-        batched=True,
-        remove_columns=list(columns),
-        new_fingerprint=key,
-        cache_file_name=str(folder / f"{key}.arrow"),
-        load_from_cache_file=True,
-        desc=f"Tokenising {source.name}",
-    )
+    tokens = encode_once(table, encode, tokenizer, [max_length], f"Tokenising {source.name}")
     if (row := first_true(pa.array((token_counts(tokens) == 0).numpy()))) is not None:
         raise ValueError(
             f"{source.where(row)}: the tokenizer makes no token of {source.table[columns[0]][row].as_py()!r}: "
             "remove the row"
         )
     return tokens
+
+
+def encode_once(
+    table: pa.Table,
+    encode: Callable[[dict[str, list[Any]]], Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Sequence[Any],
+    description: str,
+    *,
+    with_rows: bool = False,
+) -> Dataset:
+    """Encode a table in batches onto the disk; what was encoded before is found there.
+
+    The cache lies in ``lightning_ft`` in the cache folder of ``datasets``; it is found by the table's content, the
+    tokenizer and the settings, wherever they came from.
+
+    Args:
+        table: The texts.
+        encode: Takes a batch of columns (and with ``with_rows`` the numbers of its rows), returns the encoded columns,
+            of any common length.
+        tokenizer: The tokenizer that ``encode`` uses.
+        settings: All else that decides what comes out, the name of the task first where others might share the table.
+        description: Shown beside the progress bar.
+        with_rows: Hand ``encode`` the row numbers, too.
+    """
+    import datasets
+    from datasets.fingerprint import Hasher
+
+    key = Hasher.hash([table, _identity(tokenizer), *settings])
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
+    folder.mkdir(parents=True, exist_ok=True)
+    return datasets.Dataset(table).map(
+        encode,
+        batched=True,
+        with_indices=with_rows,
+        remove_columns=table.column_names,
+        new_fingerprint=key,
+        cache_file_name=str(folder / f"{key}.arrow"),
+        load_from_cache_file=True,
+        desc=description,
+    )
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
@@ -204,9 +251,14 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [json.dumps(state, sort_keys=True), tokenizer.model_input_names, tokenizer.truncation_side]
 
 
-def _fill(lists: pa.ChunkedArray, mask: Tensor, value: int) -> Tensor:
-    flat = torch.from_numpy(_writable(lists.combine_chunks().flatten()))
+def fill(lists: pa.Array, mask: Tensor, value: int) -> Tensor:
+    """Lists of numbers as a rectangle: their elements where ``mask`` is true, ``value`` elsewhere."""
+    flat = torch.from_numpy(_writable(lists.flatten()))
     return torch.full(mask.shape, value).masked_scatter_(mask, flat.long())
+
+
+def _tensor(values: pa.Array) -> Tensor:
+    return torch.from_numpy(_writable(values))
 
 
 def _writable(values: pa.Array | pa.ChunkedArray) -> np.ndarray:

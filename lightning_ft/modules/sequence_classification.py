@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,8 @@ from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, SpearmanC
 from typing_extensions import override
 
 from lightning_ft.metrics.matthews import MatthewsCorrCoef
-from lightning_ft.modules.base import Architecture, Schedule, TransformerModule
+from lightning_ft.modules.base import Batch, Schedule, TransformerModule
+from lightning_ft.modules.checkpoint import Architecture
 
 Problem = Literal["single_label", "multi_label", "regression"]
 _PROBLEM_TYPES = {
@@ -61,6 +62,7 @@ class SequenceClassification(TransformerModule):
         label_smoothing: Share of the target spread over all labels (single_label).
         class_weights: Weight of each label in the loss (single_label), or of its positives (multi_label).
         head_seed: Seed of the new head's weights.
+        gradient_checkpointing: Compute activations anew in the backward pass: less memory, more time.
         trust_remote_code: Run Python code that the model's folder or hub page brings.
         allow_pickle: Accept weights in pickle files, which can run code when they are read.
 
@@ -82,33 +84,28 @@ class SequenceClassification(TransformerModule):
         label_smoothing: float = 0.0,
         class_weights: Sequence[float] | None = None,
         head_seed: int = 0,
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
     ) -> None:
         # Lists, whatever came: Lightning compares constructor arguments by ==, which arrays answer with an array.
         labels = None if labels is None else [str(name) for name in labels]
         class_weights = None if class_weights is None else [float(weight) for weight in class_weights]
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "pretrained", "__class__")}
+        arguments = dict(locals())
         names = _label_names(labels, num_labels, problem)
         from transformers import AutoModelForSequenceClassification
 
         super().__init__(
             AutoModelForSequenceClassification,
             pretrained,
+            arguments=arguments,
+            metrics=_metrics(problem, len(names)),
             config_updates={
                 "num_labels": len(names),
                 "id2label": dict(enumerate(names)),
                 "label2id": {name: i for i, name in enumerate(names)},
                 "problem_type": _PROBLEM_TYPES[problem],
             },
-            arguments=arguments,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            schedule=schedule,
-            head_seed=head_seed,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
         )
         if not 0 <= label_smoothing < 1 or (label_smoothing and problem != "single_label"):
             raise ValueError(
@@ -125,47 +122,22 @@ class SequenceClassification(TransformerModule):
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", weights, persistent=False)
-        metrics = MetricCollection(dict(_metrics(problem, len(names))))
-        self.val_metrics = metrics.clone(prefix="val_")
-        self.test_metrics = metrics.clone(prefix="test_")
 
     @override
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Logits, shape ``(batch, labels)``."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-        logits: Tensor = self.model(**inputs).logits
-        return logits
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss over a batch, in fp32."""
-        logits = logits.float()
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
+        """The mean loss over a batch, in fp32, and its rows."""
+        logits, labels = outputs.float(), batch["labels"]
         weights = None if self.class_weights is None else self.class_weights.float()
         if self.problem == "regression":
-            return F.mse_loss(logits.squeeze(-1), labels.float())
+            return F.mse_loss(logits.squeeze(-1), labels.float()), len(labels)
         if self.problem == "multi_label":
-            return F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights)
-        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing)
+            return F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights), len(labels)
+        return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing), len(labels)
 
     @override
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(self(batch), batch["labels"])
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["labels"]))
-        return loss
-
-    @override
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.val_metrics, "val_loss")
-
-    @override
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, self.test_metrics, "test_loss")
-
-    def _evaluate(self, batch: Mapping[str, Tensor], metrics: MetricCollection, loss_name: str) -> None:
-        logits, labels = self(batch), batch["labels"]
-        size = len(labels)
-        self.log(loss_name, self.loss(logits, labels), prog_bar=True, batch_size=size, sync_dist=True)
-        metrics.update(self.probabilities(logits), labels.int() if self.problem == "multi_label" else labels)
-        self.log_dict(metrics, batch_size=size)
+    def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:
+        labels = batch["labels"]
+        metrics.update(self.probabilities(outputs), labels.int() if self.problem == "multi_label" else labels)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Softmax or sigmoid of the logits, shape ``(batch, labels)``; for regression the scores, ``(batch,)``."""
@@ -175,28 +147,22 @@ class SequenceClassification(TransformerModule):
         return logits.softmax(-1) if self.problem == "single_label" else logits.sigmoid()
 
     @override
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Any]:
+    def predictions(self, batch: Batch) -> dict[str, list[Any]]:
         """Columns for each row of the batch.
 
         Returns:
             ``label`` (a name; a list of names for multi_label; absent for regression), ``score`` (its probability;
-            the highest one for multi_label; the value for regression), ``probabilities`` (a list in the order of
-            the labels; absent for regression), and ``row`` where the batch has it.
+            the highest one for multi_label; the value for regression), and ``probabilities`` (a list in the order of
+            the labels; absent for regression).
         """
         values = self.probabilities(self(batch))
-        columns: dict[str, Any] = {"row": batch["row"].tolist()} if "row" in batch else {}
         if self.problem == "regression":
-            return {**columns, "score": values.tolist()}
+            return {"score": values.tolist()}
         if self.problem == "single_label":
             named: list[Any] = [self.labels[i] for i in values.argmax(-1).tolist()]
         else:
             named = [[n for n, p in zip(self.labels, row, strict=True) if p > 0.5] for row in values.tolist()]
-        return {
-            **columns,
-            "label": named,
-            "score": values.max(-1).values.tolist(),
-            "probabilities": values.tolist(),
-        }
+        return {"label": named, "score": values.max(-1).values.tolist(), "probabilities": values.tolist()}
 
 
 def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem: Problem) -> list[str]:

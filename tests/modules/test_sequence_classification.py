@@ -89,17 +89,21 @@ def test_loss_is_transformers_own(problem: Any) -> None:
     (batch,) = batches(labels, 4)
     model.eval()
     expected = model.model(**batch).loss
-    torch.testing.assert_close(model.loss(model(batch), batch["labels"]), expected)
+    torch.testing.assert_close(model.loss(model(batch), batch)[0], expected)
 
 
 def test_class_weights_and_label_smoothing() -> None:
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 1])
     weighted = module(class_weights=[1.0, 2.0, 3.0])
     by_hand = F.cross_entropy(logits, labels, reduction="none") * torch.tensor([1.0, 2.0, 3.0])[labels]
-    torch.testing.assert_close(weighted.loss(logits, labels), by_hand.sum() / torch.tensor([1.0, 2, 3, 3, 2]).sum())
+    torch.testing.assert_close(
+        weighted.loss(logits, {"labels": labels})[0], by_hand.sum() / torch.tensor([1.0, 2, 3, 3, 2]).sum()
+    )
     smooth = module(label_smoothing=0.3)
     target = 0.7 * F.one_hot(labels, 3) + 0.1
-    torch.testing.assert_close(smooth.loss(logits, labels), -(target * logits.log_softmax(-1)).sum(-1).mean())
+    torch.testing.assert_close(
+        smooth.loss(logits, {"labels": labels})[0], -(target * logits.log_softmax(-1)).sum(-1).mean()
+    )
 
 
 def test_metrics_equal_scikit_learn() -> None:
@@ -286,7 +290,8 @@ def test_decoder_without_a_pad_token_gets_the_eos_token() -> None:
 
 def test_class_weights_under_bf16_weights() -> None:
     model = module(class_weights=[1.0, 2.0, 3.0]).bfloat16()
-    assert model.loss(torch.randn(4, 3, dtype=torch.bfloat16), torch.tensor([0, 1, 2, 0])).dtype == torch.float32
+    labels = torch.tensor([0, 1, 2, 0])
+    assert model.loss(torch.randn(4, 3, dtype=torch.bfloat16), {"labels": labels})[0].dtype == torch.float32
 
 
 def test_saved_folder_opens_in_pipeline_with_equal_scores(minilm: str, tmp_path: Path) -> None:
