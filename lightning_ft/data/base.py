@@ -245,6 +245,8 @@ class TextData(LightningDataModule):
             rows = _Named(rows, self.source("predict").table[self.id].to_pylist())
         if self._predicted:
             done = torch.isin(rows.rows, torch.tensor(sorted(self._predicted)))
+            # Lightning starts no prediction over no batch, which would leave the file unwritten.
+            done[-1] = False
             rows = Subset(rows, torch.nonzero(~done).flatten().tolist())
         return self._plain_loader(rows, self.eval_batch_size)
 

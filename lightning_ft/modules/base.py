@@ -115,8 +115,9 @@ class TransformerModule(LightningModule):
         self.model.train()
         self.model.requires_grad_(True)
         if arguments["gradient_checkpointing"]:
-            # Re-entrant checkpointing loses gradients where the first block is frozen.
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The newer name first: transformers warns about the older one from 5.20 on.
+            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})  # re-entrant loses gradients where the first block is frozen
         self._token_mean = TokenMean() if token_weighted else None
         collection = MetricCollection(dict(metrics))
         self.val_metrics = collection.clone(prefix="val_")

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import torch.nn.functional as F
 import transformers as hf
 from datasets import Dataset
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
 
+from lightning_ft.callbacks import WritePredictions
 from lightning_ft.data import ClassificationData
-from lightning_ft.modules import SequenceClassification
-from tests.pretrained import CORPUS, check_head, pretrained
+from lightning_ft.modules import Architecture, SequenceClassification, TransformerModule
+from tests.pretrained import CORPUS, check_head, config, pretrained
+from tests.tiny import BERT
 
 
 def rows(count: int) -> Dataset:
     words = " ".join(CORPUS).split()
     texts = [" ".join(words[i % 40 : i % 40 + 3 + i % 9]) for i in range(count)]
-    return Dataset.from_dict(
-        {"text": texts, "label": [i % 3 for i in range(count)], "name": [f"r{i}" for i in range(count)]}
-    )
+    return Dataset.from_dict({"text": texts, "label": [i % 3 for i in range(count)]})
 
 
 def test_contract(tmp_path: Path) -> None:
@@ -28,3 +37,167 @@ def test_contract(tmp_path: Path) -> None:
         hf.AutoModelForSequenceClassification,
         tmp_path,
     )
+
+
+def predicted(folder: str, path: Path, *callbacks: Callback, data: ClassificationData | None = None) -> int:
+    """Number of batches predicted; rows in `path`."""
+    module = SequenceClassification(folder, labels=["0", "1", "2"])
+    counter = Count()
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[WritePredictions(path), counter, *callbacks],
+    )
+    data = data or ClassificationData(folder, predict=named(20), id="name", eval_batch_size=4)
+    with contextlib.suppress(SystemExit, KeyboardInterrupt):
+        trainer.predict(module, datamodule=data)
+    return counter.batches
+
+
+def named(count: int) -> Dataset:
+    return rows(count).add_column("name", [f"r{i}" for i in range(count)])
+
+
+class Count(Callback):
+    batches = 0
+
+    def on_predict_batch_end(self, *args: Any) -> None:
+        self.batches += 1
+
+
+class Interrupt(Callback):
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if args[-1] == 2:
+            raise KeyboardInterrupt
+
+
+def test_predictions_have_ids_and_an_interrupted_prediction_goes_on(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
+    assert predicted(folder, whole) == 5
+    lines = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert [(line["row"], line["id"]) for line in lines] == [(i, f"r{i}") for i in range(20)]
+    assert predicted(folder, path, Interrupt()) == 3
+    assert not path.exists()
+    (part,) = tmp_path.glob(".p.jsonl.0.part")
+    with part.open("a") as file:  # killed in the middle of a line
+        file.write('[0, {"row": 19, "la')
+    assert predicted(folder, path) == 2  # 12 of 20 rows were there
+    assert path.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_an_interrupted_prediction_of_other_rows_or_weights_begins_anew(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    path = tmp_path / "p.jsonl"
+    assert predicted(folder, path, Interrupt()) == 3
+    assert predicted(folder, path, data=ClassificationData(folder, predict=named(16), eval_batch_size=4)) == 4
+    assert len(path.read_text().splitlines()) == 16
+    assert predicted(folder, path, Interrupt()) == 3
+    torch.manual_seed(5)
+    hf.AutoModelForSequenceClassification.from_config(config("bert", num_labels=3)).save_pretrained(folder)
+    assert predicted(folder, path) == 5
+
+
+def test_all_rows_predicted_but_the_file_not_written(tmp_path: Path) -> None:
+    class Late(Callback):
+        def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if args[-1] == 4:
+                raise KeyboardInterrupt
+
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
+    predicted(folder, whole)
+    assert predicted(folder, path, Late()) == 5
+    assert predicted(folder, path) == 1
+    assert path.read_text().splitlines()[:19] == whole.read_text().splitlines()[:19]
+
+
+class Tokens(TransformerModule):
+    """Masked tokens with very unequal numbers of labels in a batch; no dropout and plain SGD."""
+
+    def __init__(self, *, token_weighted: bool) -> None:
+        shared = {"learning_rate": 0.1, "weight_decay": 0.0, "warmup": 0.0, "schedule": "constant", "head_seed": 0}
+        flags = dict.fromkeys(("gradient_checkpointing", "trust_remote_code", "allow_pickle"), False)
+        super().__init__(
+            hf.AutoModelForTokenClassification,
+            Architecture(hf.BertConfig(**BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0)),
+            arguments={**shared, **flags},
+            metrics={},
+            token_weighted=token_weighted,
+        )
+
+    def loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        tokens = (batch["labels"] != -100).sum()
+        total = F.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+        return total / tokens.clamp(min=1), tokens
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def unequal(count: int) -> list[dict[str, Tensor]]:
+    """Rows with 0 to 7 labels."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for i in range(count):
+        ids = torch.randint(3, 50, (8,), generator=generator)
+        labels = torch.where(torch.arange(8) < i * i % 8, ids % 2, -100)
+        result.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return result
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_accumulation_averages_over_tokens(weighted: bool) -> None:
+    """Six micro-batches in windows of 4 and 2 are two batches of 4 and 2 rows, also with clipping and a penalty."""
+
+    class Clipped(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            grads.append([p.grad.clone() for p in pl_module.parameters() if p.grad is not None])
+
+    def train(batches: Any, accumulate: int, weighted: bool) -> list[list[Tensor]]:
+        grads.clear()
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=accumulate,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[Clipped()],
+        )
+        trainer.fit(Tokens(token_weighted=weighted), DataLoader(batches, batch_size=None), DataLoader(batches))
+        return list(grads)
+
+    grads: list[list[Tensor]] = []
+    data = unequal(6)
+    expected = train([default_collate(data[:4]), default_collate(data[4:])], 1, False)
+    got = train([default_collate([row]) for row in data], 4, weighted)
+    assert len(got) == len(expected) == 2
+    close = all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+        for x, y in zip(got, expected, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+    assert close == weighted
+
+
+def test_gradient_checkpointing_trains_the_same() -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        calls = []
+        model = SequenceClassification(
+            Architecture(hf.BertConfig(**BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0)),
+            num_labels=3,
+            gradient_checkpointing=checkpointing,
+        )
+        model.model.bert.encoder.layer[0].attention.register_forward_pre_hook(lambda *args: calls.append(1))
+        batch = {"input_ids": torch.arange(3, 15).view(2, 6), "labels": torch.tensor([0, 2])}
+        model.loss(model(batch), batch)[0].backward()
+        assert len(calls) == 1 + checkpointing
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for with_it, without in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(with_it, without)
