@@ -23,12 +23,12 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
-from operator import itemgetter
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from _hf import CLIP, WARMUP, Batch, LossKeeper, rival, rival_on_batches
 from _timing import (
     Clock,
     Row,
@@ -45,25 +45,15 @@ from _timing import (
 )
 from datasets import Dataset
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, Trainer
 
 from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.modules import SequenceClassification
 
-Batch = dict[str, Tensor]
 OURS, THEIRS, GROUPED = "lightning_ft", "HF Trainer", "HF Trainer by length"
 STRATEGIES = {THEIRS: "random", GROUPED: "group_by_length"}
-LENGTH, SEED, CLIP, WARMUP, TOLERANCE = 128, 0, 1.0, 0.1, 1e-5
+LENGTH, SEED, TOLERANCE = 128, 0, 1e-5
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
 
 
@@ -78,64 +68,6 @@ class Size(NamedTuple):
     dropped: int = 5
 
 
-class _Hooks(TrainerCallback):
-    """Calls a clock at the moments at which ours is called."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.on_epoch_begin = self.on_step_end = self.on_epoch_end = clock
-
-
-class _LossKeeper(Trainer):
-    """The rival, remembering the loss of each step."""
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.losses = [*getattr(self, "losses", []), loss.item()]
-        return loss
-
-
-def rival(
-    model: nn.Module, data: Any, *, steps: int, collate: Any, kind: type[Trainer] = Trainer, **settings: Any
-) -> tuple[Trainer, Clock]:
-    """The HF Trainer for one epoch with our optimiser, schedule and clipping; saving, logs, reports and bars off."""
-    everything = TrainingArguments(
-        output_dir=tempfile.gettempdir(),
-        num_train_epochs=1,
-        learning_rate=2e-5,
-        weight_decay=0.01,
-        max_grad_norm=CLIP,
-        lr_scheduler_type="linear",
-        warmup_steps=round(WARMUP * steps),
-        optim="adamw_torch_fused",
-        seed=SEED,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        **settings,
-    )
-    clock = Clock()
-    theirs = kind(model, everything, train_dataset=data, data_collator=collate, callbacks=[_Hooks(clock)])
-    theirs.remove_callback(PrinterCallback)
-    return theirs, clock
-
-
-def rival_on_batches(model: nn.Module, batches: Sequence[Batch], **options: Any) -> tuple[Trainer, Clock]:
-    """The HF Trainer on batches that are collated already: it takes each as one row."""
-    return rival(
-        model,
-        list(batches),
-        steps=len(batches),
-        collate=itemgetter(0),
-        per_device_train_batch_size=1,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        **options,
-    )
-
-
 def compare_losses(folder: Path, batches: Sequence[Batch]) -> Row:
     """Train once with each trainer from the same weights."""
     torch.manual_seed(SEED)
@@ -147,7 +79,7 @@ def compare_losses(folder: Path, batches: Sequence[Batch]) -> Row:
         ours = SequenceClassification(start, num_labels=2, warmup=WARMUP)
     ours.model.load_state_dict(theirs.state_dict())
 
-    hf, _ = rival_on_batches(theirs, batches, kind=_LossKeeper)
+    hf, _ = rival_on_batches(theirs, batches, kind=LossKeeper)
     matrices = {name for name, parameter in ours.model.named_parameters() if parameter.ndim >= 2}
     same_decay = matrices == set(hf.get_decay_parameter_names(theirs))
     hf.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import transformers as hf
 from datasets import Dataset
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -20,6 +22,7 @@ from lightning_ft.callbacks import WritePredictions
 from lightning_ft.data import ClassificationData
 from lightning_ft.modules import Architecture, SequenceClassification, TransformerModule
 from tests.pretrained import CORPUS, check_head, config, pretrained
+from tests.ranks import run_ranks
 from tests.tiny import BERT
 
 
@@ -148,45 +151,69 @@ def unequal(count: int) -> list[dict[str, Tensor]]:
     return result
 
 
+class Gradients(Callback):
+    """What reaches the optimiser at each step; the hook in which penalties add their own."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        self.steps.append(torch.cat([p.grad.flatten() for p in pl_module.parameters() if p.grad is not None]))
+
+
+def gradients(batches: list[Any], *, weighted: bool, **options: Any) -> list[Tensor]:
+    keep = Gradients()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        callbacks=[keep],
+        **quiet,
+        **options,
+    )
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(Tokens(token_weighted=weighted), loader, loader)
+    return keep.steps
+
+
+def ddp_gradients() -> dict[str, list[Tensor]]:
+    """For `run_ranks`: each rank takes every second row of six, in windows of 2 and 1."""
+    rank = int(os.environ["RANK"])
+    rows = [default_collate([row]) for row in unequal(6)][rank::2]
+    options = {"devices": 2, "accumulate_grad_batches": 2, "use_distributed_sampler": False}
+    return {
+        str(weighted): gradients(rows, weighted=weighted, strategy=DDPStrategy(process_group_backend="gloo"), **options)
+        for weighted in (True, False)
+    }
+
+
+def is_close(first: list[Tensor], second: list[Tensor]) -> bool:
+    assert len(first) == len(second)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 def test_accumulation_averages_over_tokens(weighted: bool) -> None:
-    """Six micro-batches in windows of 4 and 2 are two batches of 4 and 2 rows, also with clipping and a penalty."""
-
-    class Clipped(Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            grads.append([p.grad.clone() for p in pl_module.parameters() if p.grad is not None])
-
-    def train(batches: Any, accumulate: int, weighted: bool) -> list[list[Tensor]]:
-        grads.clear()
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            accumulate_grad_batches=accumulate,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[Clipped()],
-        )
-        trainer.fit(Tokens(token_weighted=weighted), DataLoader(batches, batch_size=None), DataLoader(batches))
-        return list(grads)
-
-    grads: list[list[Tensor]] = []
+    """Six micro-batches in windows of 4 and 2 are two batches of 4 and 2 rows."""
     data = unequal(6)
-    expected = train([default_collate(data[:4]), default_collate(data[4:])], 1, False)
-    got = train([default_collate([row]) for row in data], 4, weighted)
-    assert len(got) == len(expected) == 2
-    close = all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-6)
-        for x, y in zip(got, expected, strict=True)
-        for a, b in zip(x, y, strict=True)
-    )
-    assert close == weighted
+    expected = gradients([default_collate(data[:4]), default_collate(data[4:])], weighted=False)
+    got = gradients([default_collate([row]) for row in data], weighted=weighted, accumulate_grad_batches=4)
+    assert is_close(got, expected) == weighted
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+def test_processes_average_over_tokens(tmp_path: Path) -> None:
+    data = unequal(6)
+    expected = gradients([default_collate(data[:4]), default_collate(data[4:])], weighted=False)
+    for rank in run_ranks("tests.modules.test_base:ddp_gradients", tmp_path):
+        assert is_close(rank["True"], expected)
+        assert not is_close(rank["False"], expected)
 
 
 def test_gradient_checkpointing_trains_the_same() -> None:
-    def gradients(checkpointing: bool) -> list[Tensor]:
+    def backward(checkpointing: bool) -> list[Tensor]:
         calls = []
         model = SequenceClassification(
             Architecture(hf.BertConfig(**BERT, hidden_dropout_prob=0, attention_probs_dropout_prob=0)),
@@ -199,5 +226,5 @@ def test_gradient_checkpointing_trains_the_same() -> None:
         assert len(calls) == 1 + checkpointing
         return [p.grad for p in model.parameters() if p.grad is not None]
 
-    for with_it, without in zip(gradients(True), gradients(False), strict=True):
+    for with_it, without in zip(backward(True), backward(False), strict=True):
         torch.testing.assert_close(with_it, without)

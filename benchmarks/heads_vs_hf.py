@@ -1,0 +1,393 @@
+"""Four heads against ``transformers``: losses step by step, final metric over seeds, step time. On the CPU.
+
+Losses: against a plain loop over ``AutoModelFor…`` (its own loss, fused AdamW, its linear schedule, clipping), dropout
+off, same weights (head included), same batches. The two must agree at every step to 1e-5, else this script fails.
+
+Metric: fine-tuned by us and by the HF Trainer with the example scripts' preprocessing, dropout on, each with its own
+batches (ours by length, theirs at random, their default), three seeds for head and order, same number of steps. Both
+results are measured by our validation, whose metrics have tests of their own against seqeval, scikit-learn and the
+official SQuAD definitions.
+
+Step time: from one step's end to the next one's, inside each trainer's own loop, on the same module and batches,
+interleaved; the A/A rows say how much identical code differs.
+
+The rows are the first ones of each set's train and dev files; for SQuAD the first whose context has at most 600
+characters, so that an epoch takes a minute.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from _hf import CLIP, WARMUP, Batch, rival, rival_on_batches
+from _timing import Row, arguments, compare, fit, interleave, loader, publish, start, trainer
+from datasets import Dataset
+from lightning import seed_everything
+from lightning.pytorch.callbacks import LambdaCallback
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+    get_linear_schedule_with_warmup,
+)
+
+from lightning_ft.data import (
+    ClassificationData,
+    MultipleChoiceData,
+    QuestionAnsweringData,
+    TextData,
+    TokenClassificationData,
+)
+from lightning_ft.demo import prepare_model
+from lightning_ft.modules import (
+    MultipleChoice,
+    QuestionAnswering,
+    SequenceClassification,
+    TokenClassification,
+    TransformerModule,
+)
+
+OURS, THEIRS = "lightning_ft", "HF Trainer"
+TOLERANCE = 1e-5
+DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A head, its data both ways, and how long it trains."""
+
+    data_set: str
+    metric: str
+    model_class: Any
+    module: Callable[..., TransformerModule]
+    data: Callable[..., TextData]
+    preprocess: Callable[[PreTrainedTokenizerBase, Dataset, list[str]], Dataset]
+    collator: Callable[[PreTrainedTokenizerBase], Any]
+    rows: int = 2000
+    batch: int = 32
+    epochs: int = 3
+    learning_rate: float = 5e-5
+    keep: Callable[[dict[str, Any]], bool] = lambda row: True
+
+
+# ---- the example scripts' preprocessing, for the rival
+
+
+def classify(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str]) -> Dataset:
+    def encode(part: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            **tokenizer(part["text"], truncation=True, max_length=128),
+            "label": [*map(labels.index, part["label"])],
+        }
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def tag(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str]) -> Dataset:
+    def encode(part: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = tokenizer(part["tokens"], truncation=True, max_length=128, is_split_into_words=True)
+        encoded["labels"] = []
+        for row, tags in enumerate(part["tags"]):
+            words = encoded.word_ids(row)
+            first = [word if word != before else None for word, before in zip(words, [None, *words], strict=False)]
+            encoded["labels"].append([-100 if word is None else labels.index(tags[word]) for word in first])
+        return dict(encoded)
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def answer(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str]) -> Dataset:
+    def encode(part: Mapping[str, Any]) -> dict[str, Any]:
+        encoded = tokenizer(
+            [question.lstrip() for question in part["question"]],
+            part["context"],
+            truncation="only_second",
+            max_length=256,
+            stride=64,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            padding="max_length",
+        )
+        source, offsets = encoded.pop("overflow_to_sample_mapping"), encoded.pop("offset_mapping")
+        spans = [span(encoded, i, offsets[i], part["answers"][source[i]]) for i in range(len(source))]
+        return {**encoded, "start_positions": [s for s, _ in spans], "end_positions": [e for _, e in spans]}
+
+    def span(encoded: Any, i: int, offsets: Any, answers: Mapping[str, Any]) -> tuple[int, int]:
+        begin = answers["answer_start"][0]
+        end = begin + len(answers["text"][0])
+        inside = [t for t, s in enumerate(encoded.sequence_ids(i)) if s == 1]
+        if offsets[inside[0]][0] > begin or offsets[inside[-1]][1] < end:
+            return 0, 0
+        return (
+            max(t for t in inside if offsets[t][0] <= begin),
+            min(t for t in inside if offsets[t][1] >= end),
+        )
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+def choose(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str]) -> Dataset:
+    def encode(part: Mapping[str, Any]) -> dict[str, Any]:
+        counts = [len(choices) for choices in part["choices"]]
+        contexts = chain.from_iterable([c] * n for c, n in zip(part["context"], counts, strict=True))
+        flat = tokenizer([*contexts], [*chain.from_iterable(part["choices"])], truncation=True, max_length=128)
+        step = counts[0]
+        return {
+            **{name: [v[i : i + step] for i in range(0, len(v), step)] for name, v in flat.items()},
+            "labels": part["label"],
+        }
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names)
+
+
+TASKS = {
+    "classification": Task(
+        "trec6",
+        "val_accuracy",
+        AutoModelForSequenceClassification,
+        SequenceClassification,
+        ClassificationData,
+        classify,
+        DataCollatorWithPadding,
+    ),
+    "tagging": Task(
+        "uner_ewt",
+        "val_f1",
+        AutoModelForTokenClassification,
+        TokenClassification,
+        TokenClassificationData,
+        tag,
+        DataCollatorForTokenClassification,
+    ),
+    "question answering": Task(
+        "squad",
+        "val_f1",
+        AutoModelForQuestionAnswering,
+        QuestionAnswering,
+        lambda *args, **options: QuestionAnsweringData(*args, max_length=256, stride=64, **options),
+        answer,
+        lambda tokenizer: default_data_collator,
+        rows=1000,
+        batch=16,
+        keep=lambda row: len(row["context"]) <= 600,
+    ),
+    "multiple choice": Task(
+        "hellaswag",
+        "val_accuracy",
+        AutoModelForMultipleChoice,
+        MultipleChoice,
+        MultipleChoiceData,
+        choose,
+        DataCollatorForMultipleChoice,
+        rows=1000,
+        batch=16,
+    ),
+}
+
+
+# ---- what is measured
+
+
+def make(task: Task, folder: Path, labels: list[str], **options: Any) -> TransformerModule:
+    named = {"labels": labels} if labels else {}
+    return task.module(str(folder), **named, learning_rate=task.learning_rate, warmup=WARMUP, **options)
+
+
+def compare_losses(task: Task, folder: Path, labels: list[str], batches: Sequence[Batch]) -> Row:
+    """Train once by our module under Lightning, once by a plain loop, from the same weights; dropout off."""
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    named = {"num_labels": len(labels)} if labels else {}
+    theirs = task.model_class.from_pretrained(folder, **off, **named)
+    with tempfile.TemporaryDirectory() as begin:
+        theirs.save_pretrained(begin)
+        ours = make(task, Path(begin), labels)
+    ours.model.load_state_dict(theirs.state_dict())
+
+    losses: list[float] = []
+    keep = LambdaCallback(on_train_batch_end=lambda *hook: losses.append(hook[2]["loss"].item()))
+    trainer(keep, clip=CLIP).fit(ours, loader(batches))
+    expected = plain_loop(theirs, batches, task.learning_rate)
+    return {
+        "steps": len(losses),
+        "first loss": losses[0],
+        "last loss": losses[-1],
+        "worst difference": max(abs(a - b) for a, b in zip(losses, expected, strict=True)),
+        "tolerance": TOLERANCE,
+    }
+
+
+def plain_loop(model: Any, batches: Sequence[Batch], learning_rate: float) -> list[float]:
+    """The losses of the loop that the documentation of transformers shows."""
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
+    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP * len(batches)), len(batches))
+    losses = []
+    for batch in batches:
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def train_ours(task: Task, folder: Path, labels: list[str], data: TextData, seed: int) -> float:
+    seed_everything(seed, verbose=False)
+    module = make(task, folder, labels, head_seed=seed)
+    runner = trainer(clip=CLIP)
+    runner.fit_loop.max_epochs = task.epochs
+    runner.fit(module, data)
+    return validate(task, module, data)
+
+
+def train_theirs(task: Task, folder: Path, labels: list[str], data: TextData, rows: Dataset, seed: int) -> float:
+    # The head's weights are those of our run; order and dropout are theirs.
+    module = make(task, folder, labels, head_seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = task.preprocess(tokenizer, rows, labels)
+    hf, _ = rival(
+        module.model,
+        tokens,
+        steps=task.epochs * -(-len(tokens) // task.batch),
+        collate=task.collator(tokenizer),
+        epochs=task.epochs,
+        learning_rate=task.learning_rate,
+        seed=seed,
+        per_device_train_batch_size=task.batch,
+    )
+    hf.train()
+    return validate(task, module, data)
+
+
+def validate(task: Task, module: TransformerModule, data: TextData) -> float:
+    runner = trainer()
+    runner.limit_val_batches = 1.0
+    (metrics,) = runner.validate(module, data, verbose=False)
+    return metrics[task.metric]
+
+
+def time_steps(task: Task, module: TransformerModule, batches: Sequence[Batch], rounds: int, dropped: int) -> Any:
+    def theirs() -> float:
+        hf, clock = rival_on_batches(module.model, batches)
+        hf.train()
+        return clock.step(dropped)
+
+    return interleave({OURS: lambda: fit(module, loader(batches), clip=CLIP).step(dropped), THEIRS: theirs}, rounds)
+
+
+# ---- one task from end to end
+
+
+def prepare(task: Task, folder: Path, rows: int, seed: int) -> tuple[TextData, Dataset, Dataset]:
+    parts = [Dataset.from_json(str(DATA / task.data_set / f"{split}.jsonl")) for split in ("train", "dev")]
+    train, dev = (part.filter(task.keep).select(range(min(rows, len(part)))) for part in parts)
+    data = task.data(str(folder), train=train, val=dev, batch_size=task.batch, seed=seed)
+    return data, train, dev
+
+
+def run(name: str, options: Any, folder: Path) -> dict[str, Any]:
+    task = TASKS[name]
+    rows = 24 if options.quick else task.rows
+    began = time.perf_counter()
+    data, train, _ = prepare(task, folder, rows, 0)
+    data.setup("fit")
+    labels = list(getattr(data, "labels", []))
+    accepted = {"input_ids", "attention_mask", "token_type_ids", "labels", "start_positions", "end_positions"}
+    stream = chain.from_iterable(iter(data.train_dataloader()) for _ in range(50))
+    drawn = [{key: batch[key] for key in batch if key in accepted} for batch in islice(stream, options.steps)]
+    result: dict[str, Any] = {"losses": {"head": name, **compare_losses(task, folder, labels, drawn)}}
+    if not options.only_losses:
+        scores: dict[str, list[float]] = {OURS: [], THEIRS: []}
+        for seed in range(options.seeds):
+            data, train, _ = prepare(task, folder, rows, seed)
+            scores[OURS].append(train_ours(task, folder, labels, data, seed))
+            scores[THEIRS].append(train_theirs(task, folder, labels, data, train, seed))
+        result["metric"] = summarise(name, task, scores, len(train), (time.perf_counter() - began) / 3600)
+        result["scores"] = scores
+    if not options.no_times:
+        module = make(task, folder, labels)
+        seconds = time_steps(task, module, drawn[: options.timed], options.rounds, 2)
+        result["seconds"] = seconds
+        result["time"] = [{"head": name, **row} for row in compare(seconds, OURS, {THEIRS: 1.0})]
+    return result
+
+
+def summarise(name: str, task: Task, scores: Mapping[str, Sequence[float]], rows: int, hours: float) -> Row:
+    ours, theirs = (mean(scores[who]) for who in (OURS, THEIRS))
+    spread = {who: stdev(scores[who]) if len(scores[who]) > 1 else 0.0 for who in scores}
+    return {
+        "head": name,
+        "data": f"{task.data_set}, {rows} rows × {task.epochs} epochs",
+        "metric": task.metric.removeprefix("val_"),
+        OURS: ours,
+        "± ": spread[OURS],
+        THEIRS: theirs,
+        "±": spread[THEIRS],
+        "difference": ours - theirs,
+        "hours": hours,
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--heads", nargs="*", default=list(TASKS), choices=list(TASKS), help="which heads")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="steps whose losses are compared")
+    parser.add_argument("--timed", type=int, default=20, help="steps of a timed segment, the first two left out")
+    parser.add_argument("--only-losses", action="store_true", help="leave out the final metrics")
+    parser.add_argument("--no-times", action="store_true", help="leave out the step times")
+    options = start(parser)
+    if options.quick:
+        options.seeds, options.steps, options.timed, options.rounds = 1, 3, 4, 1
+    if missing := [t.data_set for n, t in TASKS.items() if n in options.heads and not (DATA / t.data_set).is_dir()]:
+        sys.exit(f"{DATA} lacks {missing}: set LIGHTNING_FT_DATA to a folder with a folder for each set")
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / "model"
+        prepare_model(folder)
+        results = {name: run(name, options, folder) for name in options.heads}
+    publish(
+        "heads_vs_hf",
+        options.results,
+        setting=f"all-MiniLM-L6-v2, clipping {CLIP:g}, {options.seeds} seeds, {options.steps} steps of losses. Step "
+        f"time: {2 * options.rounds} segments of {options.timed} steps each, the first two left out.",
+        tables={
+            title: rows
+            for title, rows in {
+                "Losses, step by step, against a plain loop": [r["losses"] for r in results.values()],
+                "Dev metric after fine-tuning": [r["metric"] for r in results.values() if "metric" in r],
+                "Step time, identical batches": [row for r in results.values() for row in r.get("time", [])],
+            }.items()
+            if rows
+        },
+        seconds={name: result.get("seconds", {}) for name, result in results.items()},
+        scores={name: result.get("scores", {}) for name, result in results.items()},
+    )
+    if any(result["losses"]["worst difference"] > TOLERANCE for result in results.values()):
+        sys.exit("ours and transformers do not train alike: see the first table")
+
+
+if __name__ == "__main__":
+    main()
