@@ -70,8 +70,11 @@ class Count(Callback):
 
 
 class Interrupt(Callback):
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
     def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if args[-1] == 2:
+        if args[-1] == self.batch:
             raise KeyboardInterrupt
 
 
@@ -81,7 +84,7 @@ def test_predictions_have_ids_and_an_interrupted_prediction_goes_on(tmp_path: Pa
     assert predicted(folder, whole) == 5
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     assert [(line["row"], line["id"]) for line in lines] == [(i, f"r{i}") for i in range(20)]
-    assert predicted(folder, path, Interrupt()) == 3
+    assert predicted(folder, path, Interrupt(2)) == 3
     assert not path.exists()
     (part,) = tmp_path.glob(".p.jsonl.0.part")
     with part.open("a") as file:  # killed in the middle of a line
@@ -94,27 +97,57 @@ def test_predictions_have_ids_and_an_interrupted_prediction_goes_on(tmp_path: Pa
 def test_an_interrupted_prediction_of_other_rows_or_weights_begins_anew(tmp_path: Path) -> None:
     folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
     path = tmp_path / "p.jsonl"
-    assert predicted(folder, path, Interrupt()) == 3
+    assert predicted(folder, path, Interrupt(2)) == 3
     assert predicted(folder, path, data=ClassificationData(folder, predict=named(16), eval_batch_size=4)) == 4
     assert len(path.read_text().splitlines()) == 16
-    assert predicted(folder, path, Interrupt()) == 3
+    assert predicted(folder, path, Interrupt(2)) == 3
     torch.manual_seed(5)
     hf.AutoModelForSequenceClassification.from_config(config("bert", num_labels=3)).save_pretrained(folder)
     assert predicted(folder, path) == 5
 
 
 def test_all_rows_predicted_but_the_file_not_written(tmp_path: Path) -> None:
-    class Late(Callback):
-        def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
-            if args[-1] == 4:
-                raise KeyboardInterrupt
-
     folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
     whole, path = tmp_path / "whole.jsonl", tmp_path / "p.jsonl"
     predicted(folder, whole)
-    assert predicted(folder, path, Late()) == 5
+    assert predicted(folder, path, Interrupt(4)) == 5
     assert predicted(folder, path) == 1
     assert path.read_text().splitlines()[:19] == whole.read_text().splitlines()[:19]
+
+
+def ddp_predict() -> list[int]:
+    """For `run_ranks`: a prediction that both ranks leave at their second batch, and its continuation."""
+    folder, path = os.environ["FOLDER"], Path(os.environ["FOLDER"]).parent / "p.jsonl"
+    counts = [Count(), Count()]
+    for callbacks in ([Interrupt(1), counts[0]], [counts[1]]):
+        data = ClassificationData(folder, predict=named(21), id="name", eval_batch_size=4)
+        module = SequenceClassification(folder, labels=["0", "1", "2"])
+        strategy = DDPStrategy(process_group_backend="gloo")
+        trainer = Trainer(
+            strategy=strategy,
+            devices=2,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[WritePredictions(path), *callbacks],
+        )
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):
+            trainer.predict(module, datamodule=data, return_predictions=False)
+    return [count.batches for count in counts]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+def test_two_processes_write_and_continue_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    predicted(folder, tmp_path / "whole.jsonl", data=ClassificationData(folder, predict=named(21), id="name"))
+    monkeypatch.setenv("FOLDER", folder)
+    (tmp_path / "out").mkdir()
+    # 21 rows in batches of 4: three batches for each rank, two before the interruption and one after it.
+    assert run_ranks("tests.modules.test_base:ddp_predict", tmp_path / "out") == [[1, 1], [1, 1]]
+    whole, lines = ((tmp_path / name).read_text().splitlines() for name in ("whole.jsonl", "p.jsonl"))
+    assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(21)]
+    for expected, line in zip(map(json.loads, whole), map(json.loads, lines), strict=True):
+        assert line["probabilities"] == pytest.approx(expected["probabilities"], abs=1e-5)
+    assert not list(tmp_path.glob(".*.part"))
 
 
 class Tokens(TransformerModule):
