@@ -36,6 +36,8 @@ from lightning_ft.plugins import AtomicCheckpointIO
 
 # jsonargparse finds classes by their short names, in YAML and in --trainer.callbacks+=Name, once these are imported.
 _NAMED_IN_YAML = (_callbacks, _data, _modules)
+# What head and data must agree on: written once, with the model. A class that has no such argument is not asked.
+_SHARED = ("problem", "scheme", "patterns", "verbalizer", "decoder", "calibrate")
 _HELP = """
 further commands, with --help of their own:
   lightning-ft plan --config CONFIG        print phases, groups and rates before any training
@@ -85,8 +87,8 @@ class FineTuningCLI(LightningCLI):
 
     A fit gets a folder of its own, ``run_0``, ``run_1``, … in ``trainer.default_root_dir``, with ``checkpoints/``
     and ``logs/``. ``--ckpt_path last`` continues the newest run that has a checkpoint, in its folder. The
-    configuration names the model once: the data's ``tokenizer`` is always the model's ``pretrained``, its ``problem``
-    the model's, and the model's ``labels`` are the data's.
+    configuration names the model once: the data's ``tokenizer`` is always the model's ``pretrained``, what else both
+    must agree on (``problem``, ``scheme``, ``patterns``, …) is the model's, and the model's ``labels`` are the data's.
     """
 
     @override
@@ -100,7 +102,8 @@ class FineTuningCLI(LightningCLI):
             "loader that cannot say where it stands.",
         )
         parser.link_arguments("model.init_args.pretrained", "data.init_args.tokenizer")
-        parser.link_arguments("model.init_args.problem", "data.init_args.problem")
+        for shared in _SHARED:
+            parser.link_arguments(f"model.init_args.{shared}", f"data.init_args.{shared}")
         parser.link_arguments("data.labels", "model.init_args.labels", apply_on="instantiate")
 
     @staticmethod
@@ -140,6 +143,11 @@ class FineTuningCLI(LightningCLI):
             kwargs |= self._fit_settings(settings, callbacks)
         elif self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in callbacks):
             callbacks.append(WritePredictions(self._run / "predictions.jsonl"))
+        for callback in callbacks:
+            # One folder for the whole run: Lightning's default changes with the logger's version when it resumes,
+            # and with it what ModelCheckpoint knows about the best checkpoint so far is dropped.
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self._run / "checkpoints").absolute())
         logger = kwargs.pop("logger", settings["logger"] if self.subcommand == "fit" else False)
         return super().instantiate_trainer(callbacks=callbacks, plugins=plugins, logger=logger, **kwargs)
 
@@ -156,11 +164,6 @@ class FineTuningCLI(LightningCLI):
             callbacks.append(ModelCheckpoint(enable_version_counter=False))
         # First, so that what other callbacks draw comes from the generators that it seeds.
         callbacks.sort(key=lambda callback: not isinstance(callback, ExactResume))
-        for callback in callbacks:
-            # One folder for the whole run: Lightning's default changes with the logger's version when it resumes,
-            # and with it what ModelCheckpoint knows about the best checkpoint so far is dropped.
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
-                callback.dirpath = str((self._run / "checkpoints").absolute())
         result: dict[str, Any] = {"default_root_dir": str(self._run)}
         if settings["logger"] in (None, True):
             result["logger"] = CSVLogger(self._run, name="logs")
@@ -259,6 +262,9 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*", category=FutureWarning)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     command, *arguments = sys.argv[1:] or [""]
+    if command != "fit":
+        # The callbacks of a fit are no concern of an evaluation.
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
     if command == "export":
         auto_cli(export, args=arguments, as_positional=True, prog="lightning-ft export")
     elif command == "demo":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,11 @@ _SENTINELS = [f"<extra_id_{i}>" for i in range(20)]
 
 def tokenizer(kind: Kind) -> hf.PreTrainedTokenizerFast:
     """A tokenizer of the family's own make: WordPiece, byte-level BPE or Unigram, trained on a few sentences."""
+    return copy.deepcopy(_trained(kind))
+
+
+@functools.cache  # two trainings give different vocabularies
+def _trained(kind: Kind) -> hf.PreTrainedTokenizerFast:
     if kind == "bert":
         raw = tk.Tokenizer(models.WordPiece(unk_token="[UNK]"))
         raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

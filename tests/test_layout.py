@@ -22,7 +22,7 @@ ALLOWED = {
     "metrics": set(),
     "callbacks": {"core", "functional"},
     "plugins": {"core", "functional"},
-    "data": {"core"},
+    "data": {"core", "functional"},
     "modules": {"core", "functional", "metrics"},
     "export": {"core", "modules", "data", "metrics"},
 }

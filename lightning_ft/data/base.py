@@ -15,14 +15,18 @@ from torch.utils.data import Dataset as TorchDataset
 from typing_extensions import override
 
 from lightning_ft.core.report import Report
-from lightning_ft.data.encoding import Padding, whole_batch
+from lightning_ft.data.curriculum import Curriculum, CurriculumSampler, rarity, read_difficulty
+from lightning_ft.data.encoding import EncodedRows, Padding, whole_batch
 from lightning_ft.data.loader import ResumableDataLoader, overfits
 from lightning_ft.data.sampler import MEGABATCH, LengthBucketSampler, padding_waste
 from lightning_ft.data.sources import Source, read_source
+from lightning_ft.data.windows import source_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    from lightning_ft.data.streaming import StreamLoader
 
 _SPLITS = {
     "fit": ("train", "val"),
@@ -66,6 +70,7 @@ class TextData(LightningDataModule):
         pad_to_multiple_of: Round the width of batches up to a multiple of it (8 suits tensor cores).
         id: Column that names each row; it stands beside the row's number in predictions.
         trust_remote_code: Whether the tokenizer may run code from the hub.
+        curriculum: Train on easy rows first, see `Curriculum`.
 
     Raises:
         ValueError: Arguments that contradict each other; later, data that is at fault, with its file and line.
@@ -86,6 +91,7 @@ class TextData(LightningDataModule):
         pad_to_multiple_of: int,
         id: str | None,
         trust_remote_code: bool,
+        curriculum: Curriculum | None = None,
     ) -> None:
         super().__init__()
         if val_fraction is not None and (sources["val"] is not None or sources["train"] is None):
@@ -104,9 +110,10 @@ class TextData(LightningDataModule):
         self.pad_to_multiple_of = pad_to_multiple_of
         self.id = id
         self.trust_remote_code = trust_remote_code
+        self.curriculum = curriculum
         self._read: dict[str, Source] = {}
         self._rows: dict[str, Rows] = {}
-        self._train_loader: ResumableDataLoader | None = None
+        self._train_loader: ResumableDataLoader | StreamLoader | None = None
         self._restored: dict[str, int] = {}
         self._predicted: set[int] = set()
 
@@ -161,8 +168,10 @@ class TextData(LightningDataModule):
             given = self.sources[split]
             assert given is not None
             columns = self.columns(split)
-            if split == "predict" and self.id is not None and self.id not in columns:
-                columns = [*columns, self.id]
+            by_curriculum = None if self.curriculum is None else self.curriculum.column
+            extra = {"predict": self.id, "train": by_curriculum}.get(split)
+            if extra is not None and extra not in columns:
+                columns = [*columns, extra]
             self._read[split] = read_source(given, columns, name=self.source_name(split))
         return self._read[split]
 
@@ -292,15 +301,37 @@ class TextData(LightningDataModule):
 
     def sampler(self, rows: Rows, *, train: bool = False) -> LengthBucketSampler:
         """The batches of a set."""
-        return LengthBucketSampler(
+        options: dict[str, Any] = {
+            "seed": self.seed,
+            "num_replicas": 1 if self.trainer is None else self.trainer.world_size,
+            "rank": 0 if self.trainer is None else self.trainer.global_rank,
+            "megabatch": MEGABATCH if self.bucket else 1,
+        }
+        if not train or self.curriculum is None:
+            return LengthBucketSampler(
+                rows.lengths, self.batch_size if train else self.eval_batch_size, shuffle=train, **options
+            )
+        classes = self.strata()
+        return CurriculumSampler(
             rows.lengths,
-            self.batch_size if train else self.eval_batch_size,
-            shuffle=train,
-            seed=self.seed,
-            num_replicas=1 if self.trainer is None else self.trainer.world_size,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            megabatch=MEGABATCH if self.bucket else 1,
+            self.batch_size,
+            difficulty=self._difficulty(rows, self.curriculum),
+            curriculum=self.curriculum,
+            classes=None if classes is None else classes[_source_numbers(rows)],
+            trainer=self.trainer,
+            **options,
         )
+
+    def rarity(self, rows: Rows) -> Tensor:
+        """−Σ log p of the tokens of training rows, ``(rows,)``: a curriculum's difficulty."""
+        if not isinstance(rows, EncodedRows):
+            raise ValueError(f'{type(self).__name__} has no difficulty "rarity": use "length", or a column of numbers')
+        return rarity(rows.tokens.data["input_ids"].take(rows.rows.numpy()))
+
+    def _difficulty(self, rows: Rows, curriculum: Curriculum) -> Tensor:
+        if curriculum.column is not None:
+            return read_difficulty(self.source("train"), curriculum.column)[_source_numbers(rows)]
+        return rows.lengths if curriculum.difficulty == "length" else self.rarity(rows)
 
     def _eval_loader(self, rows: Any) -> DataLoader[Any]:
         if overfits(self.trainer):
@@ -332,15 +363,22 @@ class TextData(LightningDataModule):
             batches = [part.tolist() for part in torch.split(torch.arange(len(rows)), self.eval_batch_size)]
         else:
             batches = list(self.sampler(rows, train=split == "train"))
-        summary = {
+        truncated = getattr(rows, "truncated", None)
+        return {
             "split": split,
             "rows": len(rows),
             "mean tokens": rows.lengths.double().mean().item(),
             "max tokens": int(rows.lengths.max()),
+            "truncated": None if truncated is None else truncated.double().mean().item(),
+            "padding": padding_waste(rows.lengths, batches),
         }
-        if (truncated := getattr(rows, "truncated", None)) is not None:
-            summary["truncated"] = truncated.double().mean().item()
-        return {**summary, "padding": padding_waste(rows.lengths, batches)}
+
+
+def _source_numbers(rows: Rows) -> Tensor:
+    """The number in the source of the row at each position, ``(rows,)``, also where positions are windows."""
+    if isinstance(rows, EncodedRows) and "row" in rows.tokens.column_names:
+        return source_rows(rows.tokens)[rows.rows]
+    return rows.rows
 
 
 class _Named(TorchDataset[dict[str, Any]]):

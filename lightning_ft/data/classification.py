@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ft.data.base import TextData
+from lightning_ft.data.curriculum import Curriculum
 from lightning_ft.data.encoding import EncodedRows, tokenize
 from lightning_ft.data.labels import Problem, encode_labels, infer_labels, read_labels
 
@@ -51,6 +52,7 @@ class ClassificationData(TextData):
         pad_to_multiple_of: Round the width of batches up to a multiple of it (8 suits tensor cores).
         id: Column that names each row; it stands beside the row's number in predictions.
         trust_remote_code: Whether the tokenizer may run code from the hub.
+        curriculum: Train on easy rows first, see `Curriculum`.
 
     Raises:
         ValueError: Arguments that contradict each other; later, data that is at fault, with its file and line.
@@ -85,6 +87,7 @@ class ClassificationData(TextData):
         pad_to_multiple_of: int = 1,
         id: str | None = None,
         trust_remote_code: bool = False,
+        curriculum: Curriculum | None = None,
     ) -> None:
         super().__init__(
             tokenizer,
@@ -99,6 +102,7 @@ class ClassificationData(TextData):
             pad_to_multiple_of=pad_to_multiple_of,
             id=id,
             trust_remote_code=trust_remote_code,
+            curriculum=curriculum,
         )
         if problem not in get_args(Problem):
             raise ValueError(f"problem must be one of {get_args(Problem)}, got {problem!r}")

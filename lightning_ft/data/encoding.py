@@ -203,7 +203,7 @@ def tokenize(source: Source, columns: Sequence[str], tokenizer: PreTrainedTokeni
 
 def encode_once(
     table: pa.Table,
-    encode: Callable[[dict[str, list[Any]]], Mapping[str, Any]],
+    encode: Callable[..., Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     settings: Sequence[Any],
     description: str,

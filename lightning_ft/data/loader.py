@@ -105,14 +105,24 @@ class ResumableDataLoader(DataLoader[Any]):
     def _position(self) -> tuple[int, int]:
         if self.trainer is None:
             raise RuntimeError("ResumableDataLoader(trainer=None) does not know how far training is: pass trainer=...")
-        loop: Any = self.trainer.fit_loop  # its counters' types are declared too widely
-        epoch = loop.epoch_progress.current
-        batch = loop.epoch_loop.batch_progress.current.processed
-        if epoch.started == epoch.processed:  # between epochs the batch counter is still the last epoch's
-            return epoch.processed, 0
-        if batch >= min(len(self), self.trainer.num_training_batches):
-            return epoch.processed + 1, 0
-        return epoch.processed, batch
+        return training_position(self.trainer, len(self))
+
+
+def training_position(trainer: Trainer, batches: float) -> tuple[int, int]:
+    """The epoch and the batch in it that a trainer trains on next, from its own progress.
+
+    Args:
+        trainer: The trainer.
+        batches: Batches of an epoch; infinity where there is no telling.
+    """
+    loop: Any = trainer.fit_loop  # its counters' types are declared too widely
+    epoch = loop.epoch_progress.current
+    batch = loop.epoch_loop.batch_progress.current.processed
+    if epoch.started == epoch.processed:  # between epochs the batch counter is still the last epoch's
+        return epoch.processed, 0
+    if batch >= min(batches, trainer.num_training_batches):
+        return epoch.processed + 1, 0
+    return epoch.processed, batch
 
 
 def overfits(trainer: Trainer | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,10 +13,23 @@ from torch.utils.data import Dataset, DistributedSampler
 MEGABATCH = 100
 
 
+class Positions(list[int]):
+    """Positions of the rows of a batch, and the epoch that it belongs to: it reaches the data set in its workers.
+
+    Args:
+        positions: Positions in the data set.
+        epoch: The epoch, from 0.
+    """
+
+    def __init__(self, positions: Iterable[int], epoch: int) -> None:
+        super().__init__(positions)
+        self.epoch = epoch
+
+
 # A DistributedSampler, because that is what makes Lightning leave a sampler in place under DDP (it wraps every other
 # kind) and call `set_epoch` on it.
 class LengthBucketSampler(DistributedSampler[list[int]]):
-    """Yields lists of row numbers, each one batch of rows of similar length.
+    """Yields lists of row numbers (:class:`Positions`), each one batch of rows of similar length.
 
     For ``DataLoader(dataset, sampler=sampler, batch_size=None)``: the dataset is indexed with a whole batch.
 
@@ -88,7 +101,8 @@ class LengthBucketSampler(DistributedSampler[list[int]]):
         # two iterators and draws from the second.
         epoch, batch = self._resume or (self.epoch, 0)
         self._resume = None
-        yield from self._batches()[batch if epoch == self.epoch else 0 :]
+        first = batch if epoch == self.epoch else 0
+        yield from [Positions(part, self.epoch) for part in self._batches()[first:]]
 
     def resume_at(self, epoch: int, batch: int) -> None:
         """Set the epoch, and let its first iteration (only) begin at a batch.

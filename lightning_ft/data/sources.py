@@ -107,7 +107,7 @@ def read_source(source: str | Dataset, columns: Sequence[str], *, name: str = "t
             + (": choose one split of it" if hasattr(source, "keys") else "")
         )
     elif str(source).startswith("hub://"):
-        read = _from_dataset(str(source), _from_hub(str(source)), columns)
+        read = _from_dataset(str(source), load_hub(str(source)), columns)
     else:
         read = _from_file(Path(source), columns)
     if not len(read):
@@ -152,12 +152,12 @@ def _from_file(path: Path, columns: Sequence[str]) -> Source:
         raise FileNotFoundError(f"{path} does not exist (from {Path.cwd()})")
     ending = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
     readers: dict[str, Callable[[Path, Sequence[str]], Source]] = {
-        ".jsonl": _from_jsonl,
-        ".csv": _from_delimited,
-        ".tsv": _from_delimited,
-        ".jsonl.gz": _from_jsonl,
-        ".csv.gz": _from_delimited,
-        ".tsv.gz": _from_delimited,
+        ".jsonl": _from_text,
+        ".csv": _from_text,
+        ".tsv": _from_text,
+        ".jsonl.gz": _from_text,
+        ".csv.gz": _from_text,
+        ".tsv.gz": _from_text,
         ".parquet": _from_arrow,
         ".arrow": _from_arrow,
     }
@@ -166,14 +166,20 @@ def _from_file(path: Path, columns: Sequence[str]) -> Source:
     return readers[ending](path, columns)
 
 
-def _from_hub(address: str) -> Dataset:
+def load_hub(address: str, *, streaming: bool = False) -> Dataset:
+    """What a ``hub://`` address names (see :func:`read_source`): a ``datasets.IterableDataset`` for ``streaming``.
+
+    Raises:
+        ValueError: The address is not of that form.
+    """
     from datasets import load_dataset
 
     if (match := _HUB.fullmatch(address)) is None:
         raise ValueError(
             f"{address!r} is not of the form hub://NAME[@REVISION][:CONFIG]#SPLIT, as in hub://nyu-mll/glue:sst2#train"
         )
-    return load_dataset(match["name"], match["config"], split=match["split"], revision=match["revision"])
+    options = {"streaming": True} if streaming else {}
+    return load_dataset(match["name"], match["config"], split=match["split"], revision=match["revision"], **options)
 
 
 def _from_dataset(name: str, dataset: Dataset, columns: Sequence[str]) -> Source:
@@ -223,9 +229,26 @@ def _from_arrow(path: Path, columns: Sequence[str]) -> Source:
     return _from_dataset(str(path), Dataset(table), columns)
 
 
-def _from_jsonl(path: Path, columns: Sequence[str]) -> Source:
-    cells: dict[str, list[Any]] = {column: [] for column in columns}
+def text_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
+    """The line on which a row begins, from 1, and its cells: of a ``.jsonl``, ``.csv`` or ``.tsv`` file, one at a time.
+
+    Raises:
+        ValueError: A fault of the file, with its line.
+    """
+    return (_jsonl_rows if ".jsonl" in path.suffixes else _delimited_rows)(path, columns)
+
+
+def _from_text(path: Path, columns: Sequence[str]) -> Source:
+    cells: list[list[Any]] = [[] for _ in columns]
     lines = array("q")
+    for line, row in text_rows(path, columns):
+        for values, value in zip(cells, row, strict=True):
+            values.append(value)
+        lines.append(line)
+    return _from_cells(path, dict(zip(columns, cells, strict=True)), lines)
+
+
+def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
     for number, line in _text_lines(path):
         if line.isspace():
             continue
@@ -236,15 +259,13 @@ def _from_jsonl(path: Path, columns: Sequence[str]) -> Source:
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: must be a JSON object, got {type(record).__name__}")
         try:
-            for column, values in cells.items():
-                values.append(record[column])
+            row = [record[column] for column in columns]
         except KeyError:
             _require(f"{path}, line {number}", columns, list(record))
-        lines.append(number)
-    return _from_cells(path, cells, lines)
+        yield number, row
 
 
-def _from_delimited(path: Path, columns: Sequence[str]) -> Source:
+def _delimited_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     tabs = ".tsv" in path.suffixes
     rows = csv.reader(
         (line for _, line in _text_lines(path)),
@@ -252,24 +273,20 @@ def _from_delimited(path: Path, columns: Sequence[str]) -> Source:
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
-    lines, start = array("q"), 1
+    start = 1
     try:
         header = next(rows, [])
         _require(str(path), columns, header)
         picks = [header.index(column) for column in columns]
-        cells: list[list[str]] = [[] for _ in columns]
         start = rows.line_num + 1
         for row in rows:
             if row:
                 if len(row) != len(header):
                     raise ValueError(f"{path}, line {start}: {len(row)} fields, but the first line names {len(header)}")
-                for values, pick in zip(cells, picks, strict=True):
-                    values.append(row[pick])
-                lines.append(start)
+                yield start, [row[pick] for pick in picks]
             start = rows.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}: the row that begins on line {start} cannot be read ({error})") from None
-    return _from_cells(path, dict(zip(columns, cells, strict=True)), lines)
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -72,6 +72,9 @@ class TransformerModule(LightningModule):
         OSError: The model is not there, or holds pickle files alone.
     """
 
+    head_is_pretrained = False
+    """Whether the pretrained model must bring the head's weights, as a language model does: else a warning says so."""
+
     def __init__(
         self,
         model_class: Any,
@@ -109,6 +112,7 @@ class TransformerModule(LightningModule):
                 config_updates or {},
                 trust_remote_code=self._trust_remote_code,
                 allow_pickle=arguments["allow_pickle"],
+                expect_head=self.head_is_pretrained,
             )
         self._give_pad_token()
         # from_pretrained returns eval mode, which Lightning would keep: no dropout in the whole training.
@@ -185,7 +189,9 @@ class TransformerModule(LightningModule):
     def _log_metrics(self, metrics: MetricCollection) -> None:
         # Values, and not the metrics themselves: Lightning cannot log one that computes several numbers.
         self.log_dict(metrics.compute())
-        metrics.reset()
+        # States made in `trainer.validate` under inference mode could not be added to in a fit that follows.
+        with torch.inference_mode(False):
+            metrics.reset()
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
@@ -217,6 +223,8 @@ class TransformerModule(LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         total = self.trainer.estimated_stepping_batches
+        if total < 0:  # what Lightning says of an endless loader without max_steps
+            total = float("inf")
         factor = warmup_then(self.schedule, total_steps=total, warmup_steps=self._warmup_steps(total))
         optimizer = torch.optim.AdamW(
             decay_groups(self.parameters(), self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()

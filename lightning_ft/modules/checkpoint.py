@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,11 @@ def load_model(
     *,
     trust_remote_code: bool,
     allow_pickle: bool,
+    expect_head: bool = False,
 ) -> PreTrainedModel:
     """A model in fp32: pretrained weights where there are some, new ones for the head.
+
+    With ``expect_head`` new weights are not what the caller wants, and a warning names them.
 
     Raises:
         OSError: The model is not there, or holds pickle files alone.
@@ -131,7 +135,7 @@ def load_model(
         return model
     config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **config_updates)
     try:
-        model = model_class.from_pretrained(
+        model, loaded = model_class.from_pretrained(
             pretrained,
             config=config,
             dtype=torch.float32,
@@ -139,6 +143,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             # A head for another number of labels is a new head.
             ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except OSError as error:
         if allow_pickle:
@@ -147,6 +152,13 @@ def load_model(
             f"pretrained={os.fspath(pretrained)!r} could not be loaded from safetensors. If it holds pickle weights "
             "alone and you trust them, pass allow_pickle=True"
         ) from error
+    new = sorted([*loaded["missing_keys"], *(name for name, *_ in loaded["mismatched_keys"])])
+    if expect_head and new:
+        warnings.warn(
+            f"pretrained={os.fspath(pretrained)!r} lacks weights of {model_class.__name__}, and random ones take their "
+            f"place: {', '.join(new)}. What they compute must be learnt from nothing: take a checkpoint with this head",
+            stacklevel=2,
+        )
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from sklearn import metrics as reference
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ft.modules import Architecture, SequenceClassification, load_checkpoint
 from tests.tiny import BERT, tiny
@@ -192,6 +193,17 @@ def test_endless_training_needs_a_constant_schedule() -> None:
         fit(trainer(max_epochs=-1, max_time={"seconds": 1}), module(), loader)
     with pytest.raises(ValueError, match=r'schedule="linear" falls to 0 at the end'):
         fit(trainer(max_epochs=-1, max_time={"seconds": 1}), module(warmup=0), loader)
+    endless = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(ValueError, match=r"warmup=0.1 is a share of a training that has no end"):
+        fit(trainer(max_epochs=1), module(), endless)
+
+
+class Endless(IterableDataset[Any]):
+    """Batches without end or length, which Lightning counts as -1 steps."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield from batches(torch.arange(8) % 3)
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "gpt2", "llama", "xlnet"])

@@ -1,0 +1,208 @@
+"""Several tasks: shares, order, ranks and resuming of their batches."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_ft.data import ClassificationData, LengthBucketSampler
+from lightning_ft.data.curriculum import Curriculum
+from lightning_ft.data.multi_task import MultiTaskData, TaskPositions, TaskSampler, mixing_shares
+from lightning_ft.data.multiple_choice import MultipleChoiceData
+from tests.data.test_curriculum import rows
+from tests.data.test_multiple_choice_data import rows as choice_rows
+from tests.pretrained import tokenizer
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> str:
+    tokenizer("bert").save_pretrained(tmp_path / "bert")
+    return str(tmp_path / "bert")
+
+
+def data(folder: str, **options: Any) -> MultiTaskData:
+    return MultiTaskData(
+        {
+            "mood": ClassificationData(folder, rows(40), rows(7), batch_size=4),
+            "ends": MultipleChoiceData(folder, choice_rows(12), choice_rows(5), predict=choice_rows(3), batch_size=2),
+            "tone": ClassificationData(
+                folder, rows(24), predict=rows(4), batch_size=8, curriculum=Curriculum(until="9 steps")
+            ),
+        },
+        **options,
+    )
+
+
+def sampler(
+    sizes: dict[str, int], *, rank: int = 0, ranks: int = 1, seed: int = 0, batch_size: int = 4, **options: Any
+) -> TaskSampler:
+    inner = {
+        task: LengthBucketSampler(torch.arange(1, n + 1), batch_size // ranks, num_replicas=ranks, rank=rank)
+        for task, n in sizes.items()
+    }
+    return TaskSampler(inner, **{"temperature": 1.0, "cap": None, **options}, seed=seed)
+
+
+def epoch(made: TaskSampler, number: int = 0) -> list[tuple[str, list[int]]]:
+    made.set_epoch(number)
+    return [(batch.task, list(batch)) for batch in made if isinstance(batch, TaskPositions)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.01, 0.09, 0.9]),
+        ({"cap": 300}, [10 / 400, 90 / 400, 300 / 400]),
+        # √10 : √90 : √900
+        ({"temperature": 2.0}, [3.16227766 / 42.64911064, 9.48683298 / 42.64911064, 30 / 42.64911064]),
+        ({"temperature": 1e9}, [1 / 3] * 3),
+        ({"cap": 1}, [1 / 3] * 3),
+    ],
+)
+def test_shares(options: dict[str, Any], expected: list[float]) -> None:
+    assert mixing_shares([10, 90, 900], **options).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_epoch_in_proportion_is_an_epoch_of_each_task() -> None:
+    made = sampler({"a": 40, "b": 120, "c": 400})
+    for number in (0, 1):
+        batches = epoch(made, number)
+        assert len(batches) == len(made) == 140
+        assert Counter(task for task, _ in batches) == {"a": 10, "b": 30, "c": 100}
+        for task, inner in made.samplers.items():
+            inner.set_epoch(number)
+            assert [positions for name, positions in batches if name == task] == [list(batch) for batch in inner]
+
+
+def test_tasks_are_spread_evenly() -> None:
+    made = sampler({"a": 40, "b": 120, "c": 400})
+    seen = set()
+    for number in range(20):
+        made.set_epoch(number)
+        order = made.order()
+        seen.add(tuple(order))
+        for start in range(0, 140, 14):
+            counts = Counter(order[start : start + 14])
+            # A stretch of 14 holds 1, 3 and 10 in proportion; each batch may fall up to one share beside its place.
+            assert abs(counts[0] - 1) <= 1
+            assert abs(counts[1] - 3) <= 2
+            assert abs(counts[2] - 10) <= 2
+    assert len(seen) == 20
+    assert seen.isdisjoint({tuple(sampler({"a": 40, "b": 120, "c": 400}, seed=1).order())})
+
+
+def test_a_task_goes_on_where_it_stopped() -> None:
+    """Even shares of tasks of 10 and 30 batches: the smaller one is gone through twice in an epoch."""
+    made = sampler({"a": 40, "b": 120}, temperature=1e9)
+    batches = [positions for number in range(3) for task, positions in epoch(made, number) if task == "a"]
+    assert made.counts == [20, 20]
+    for number in range(6):
+        own = LengthBucketSampler(torch.arange(1, 41), 4)
+        own.set_epoch(number)
+        assert batches[10 * number : 10 * (number + 1)] == [list(batch) for batch in own]
+    large = [positions for number in range(3) for task, positions in epoch(made, number) if task == "b"]
+    assert sorted(row for batch in large[:30] for row in batch) == list(range(120))
+
+
+def test_no_task_is_left_out() -> None:
+    made = sampler({"tiny": 2, "small": 3, "huge": 4000}, batch_size=4)
+    assert made.counts == [1, 1, 1000]
+    assert sum(made.counts) == len(made) == 1002
+
+
+def test_ranks_have_the_same_task_and_share_its_batch() -> None:
+    sizes = {"a": 40, "b": 120}
+    whole = epoch(sampler(sizes), 1)
+    parts = [epoch(sampler(sizes, rank=rank, ranks=2), 1) for rank in range(2)]
+    for (task, batch), *of_ranks in zip(whole, *parts, strict=True):
+        assert {name for name, _ in of_ranks} == {task}
+        assert sorted(row for _, part in of_ranks for row in part) == sorted(batch)
+
+
+def test_resumes_at_any_batch_and_knows_what_fixes_the_order() -> None:
+    sizes = {"a": 40, "b": 120}
+    whole = epoch(sampler(sizes, temperature=3.0), 2)
+    other = sampler(sizes, temperature=3.0)
+    other.resume_at(2, 17)
+    assert [(batch.task, list(batch)) for batch in other] == whole[17:]
+    made = [
+        sampler(sizes),
+        sampler(sizes, seed=1),
+        sampler(sizes, temperature=3.0),
+        sampler(sizes, batch_size=8),
+        sampler({"a": 40, "c": 120}),
+        sampler({"a": 40, "b": 121}),
+    ]
+    assert len({tuple(sorted(each.identity().items())) for each in made}) == len(made)
+    assert made[0].identity() == sampler(sizes).identity()
+    assert all(type(value) is int for value in made[0].identity().values())
+
+
+def test_batches_of_each_split(bert: str) -> None:
+    made = data(bert)
+    made.setup()
+    train = list(made.train_dataloader())
+    assert Counter(batch["task"] for batch in train) == Counter({"mood": 10, "ends": 3, "tone": 6})
+    for batch in train:
+        assert batch["input_ids"].ndim == (3 if batch["task"] == "ends" else 2)
+    assert sorted(row for batch in train if batch["task"] == "mood" for row in batch["row"].tolist()) == list(range(40))
+    val = {loader.collate_fn.task: torch.cat([batch["row"] for batch in loader]) for loader in made.val_dataloader()}
+    assert {task: sorted(found.tolist()) for task, found in val.items()} == {
+        "mood": list(range(7)),
+        "ends": list(range(5)),
+    }
+    predict = [[(batch["task"], batch["row"].tolist()) for batch in loader] for loader in made.predict_dataloader()]
+    assert predict == [[("ends", [0, 1]), ("ends", [2])], [("tone", [0, 1, 2, 3])]]
+    with pytest.raises(ValueError, match=r"test rows are needed, and none of the tasks \['mood', 'ends', 'tone'\]"):
+        made.test_dataloader()
+    report = made.describe()
+    assert report.facts["shares"] == {"mood": 0.5263, "ends": 0.1579, "tone": 0.3158}
+    assert [(row["task"], row["split"]) for row in report.rows][:3] == [
+        ("mood", "train"),
+        ("mood", "val"),
+        ("ends", "train"),
+    ]
+    assert "mood" in str(report)
+
+
+def test_workers_give_the_same_batches(bert: str) -> None:
+    def batches(workers: int) -> list[Any]:
+        made = data(bert)
+        made.tasks["mood"].num_workers = workers
+        made.setup("fit")
+        loader = made.train_dataloader()
+        loader.sampler.resume_at(1, 5)
+        return [(batch["task"], batch["row"].tolist()) for batch in loader]
+
+    assert batches(0) == batches(2)
+    assert len(batches(0)) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, r"temperature=0\.0 must be above 0"),
+        ({"temperature": float("nan")}, r"temperature=nan must be above 0"),
+        ({"cap": 0}, r"cap=0 must be 1 row or more"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str, bert: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(bert, **options)
+
+
+def test_bad_tasks(bert: str) -> None:
+    with pytest.raises(ValueError, match=r"tasks must name one task or more, got none"):
+        MultiTaskData({})
+    with pytest.raises(ValueError, match=r"need one tokenizer, got \{'a': .*'b': 'other'\}"):
+        MultiTaskData({"a": ClassificationData(bert, rows(4)), "b": ClassificationData("other", rows(4))})
+    made = MultiTaskData(
+        {"a": ClassificationData(bert, rows(4)), "b": ClassificationData(bert, val=rows(4), labels=["0", "1"])}
+    )
+    made.setup("fit")
+    with pytest.raises(ValueError, match=r"train rows are needed: give train="):
+        made.train_dataloader()
