@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layers import Layers
 from lightning_ft.functional.learning_rates import depth_multipliers
 
 
@@ -29,10 +30,7 @@ class DiscriminativeLR(Callback):
     Args:
         decay: Factor from one block to the block below, in (0, 1].
         head_gap: Exponent of the top block: 1 (ULMFiT, BEiT) or 2 (ELECTRA's code).
-        blocks: Path of the list of blocks, where it is not found by itself (see
-            :class:`~lightning_ft.core.LayerGroups`).
-        head: Paths of the head's modules, likewise.
-        groups: Regular expressions by group name, bottom to top, for a model without a list of blocks.
+        layers: Where the blocks and the head are, if they are not found by themselves.
 
     Raises:
         ValueError: An argument is out of range; an optimiser holds a parameter that is not the module's.
@@ -47,19 +45,17 @@ class DiscriminativeLR(Callback):
         decay: float = 0.9,
         *,
         head_gap: int = 1,
-        blocks: str | Sequence[str] | None = None,
-        head: str | Sequence[str] | None = None,
-        groups: Mapping[str, str] | None = None,
+        layers: Layers | None = None,
     ) -> None:
         depth_multipliers(["head"], decay=decay, head_gap=head_gap)  # refuses bad numbers now
         self.decay = decay
         self.head_gap = head_gap
-        self._blocks, self._head, self._groups = blocks, head, groups
+        self.layers = layers or Layers()
         self._splits: list[_SplitWhileStepping] = []
 
     def groups(self, module: LightningModule) -> LayerGroups:
         """The layer groups of this module, as this callback sees them."""
-        return LayerGroups.of(module, blocks=self._blocks, head=self._head, groups=self._groups)
+        return self.layers.of(module)
 
     def multipliers(self, module: LightningModule) -> dict[str, float]:
         """The factor of each layer group of this module, bottom to top."""

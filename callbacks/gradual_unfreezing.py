@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_ft.callbacks._trainer import WindowTracker, rewrap_ddp, training_progress
+from lightning_ft.callbacks._freezing import Freezing
+from lightning_ft.callbacks._trainer import WindowTracker, training_progress
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layers import Layers
 from lightning_ft.core.schedule import Duration
 from lightning_ft.functional.gradual_unfreezing import unfreezing_phases
 
@@ -32,10 +32,7 @@ class GradualUnfreezing(Callback):
             ``"1 epoch"``, ULMFiT's value. With 12 blocks or more use a fraction, or the schedule outlasts the run.
         groups_per_step: Units released at each transition; a unit is a block, the embeddings, or head and tail.
         start: Units that train from the beginning.
-        blocks: Path of the list of blocks, where it is not found by itself (see
-            :class:`~lightning_ft.core.LayerGroups`).
-        head: Paths of the head's modules, likewise.
-        groups: Regular expressions by group name, bottom to top, for a model without a list of blocks.
+        layers: Where the blocks and the head are, if they are not found by themselves.
 
     Raises:
         ValueError: An argument is out of range; on resume, the checkpoint's phases are not this model's.
@@ -54,23 +51,21 @@ class GradualUnfreezing(Callback):
         *,
         groups_per_step: int = 1,
         start: int = 1,
-        blocks: str | Sequence[str] | None = None,
-        head: str | Sequence[str] | None = None,
-        groups: Mapping[str, str] | None = None,
+        layers: Layers | None = None,
     ) -> None:
         self.every = Duration.parse(every, "every")
         unfreezing_phases(["head"], start=start, groups_per_step=groups_per_step)  # refuses bad numbers now
         self.groups_per_step = groups_per_step
         self.start = start
-        self._blocks, self._head, self._groups = blocks, head, groups
-        self._plan: FreezePlan | None = None
+        self.layers = layers or Layers()
+        self._freezing: Freezing | None = None
         self._window = WindowTracker()
         self._stage = 0
         self._phases: list[list[str]] | None = None
 
     def groups(self, module: LightningModule) -> LayerGroups:
         """The layer groups of this module, as this callback sees them."""
-        return LayerGroups.of(module, blocks=self._blocks, head=self._head, groups=self._groups)
+        return self.layers.of(module)
 
     def plan(self, module: LightningModule) -> FreezePlan:
         """The phases for this module; nothing is frozen yet."""
@@ -89,38 +84,26 @@ class GradualUnfreezing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.every.count(training_progress(trainer, 0))  # refuses a fraction of an endless training
         self._window = WindowTracker()
-        self._plan = self.plan(pl_module)
-        phases = [list(phase) for phase in self._plan.phases]
+        plan = self.plan(pl_module)
+        phases = [list(phase) for phase in plan.phases]
         if self._phases not in (None, phases):
             raise ValueError(
                 f"the checkpoint was written with the phases {self._phases}, but this model and these arguments give "
                 f"{phases}: resume with the model and the GradualUnfreezing arguments of that run"
             )
         self._phases = phases
-        self._apply(trainer)
+        self._freezing = Freezing(type(self).__name__, plan)
+        self._freezing.enter(trainer, self._stage)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._window.begins(trainer, batch_idx):
             return
-        assert self._plan is not None
-        due = min(self.every.count(training_progress(trainer, batch_idx)), self._plan.last_stage)
+        assert self._freezing is not None
+        due = min(self.every.count(training_progress(trainer, batch_idx)), self._freezing.plan.last_stage)
         if due > self._stage:
             self._stage = due
-            self._apply(trainer)
-
-    def _apply(self, trainer: Trainer) -> None:
-        assert self._plan is not None
-        before = [p.requires_grad for p in trainer.lightning_module.parameters()]
-        self._plan.apply(self._stage)
-        if before == [p.requires_grad for p in trainer.lightning_module.parameters()]:
-            return
-        rewrap_ddp(trainer)
-        phase = self._plan.phases[self._stage]
-        rank_zero_info(
-            f"GradualUnfreezing: step {trainer.global_step}, phase {self._stage + 1} of {len(self._plan.phases)}: "
-            f"{', '.join(phase)} train ({self._plan.trainable_parameters(self._stage):,} parameters)"
-        )
+            self._freezing.enter(trainer, due)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -131,9 +114,9 @@ class GradualUnfreezing(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._plan is not None:
-            self._plan.restore()
-            self._plan = None
+        if self._freezing is not None:
+            self._freezing.release()
+            self._freezing = None
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.core.anchor import Anchor
-from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layers import Layers
 from lightning_ft.core.penalty import QuadraticPenalty
 
 
@@ -38,11 +38,8 @@ class L2SP(Callback):
         mode: ``"coupled"`` or ``"decoupled"``.
         head_strength: β; 0 leaves the head to the optimiser's weight decay. The paper takes α = 0.1, β = 0.01.
         kernels_only: Leave out biases and norms (tensors of fewer than two dimensions), as the paper does.
-        blocks: Path of the list of blocks, where it is not found by itself (see
-            :class:`~lightning_ft.core.LayerGroups`).
-        head: Paths of the head's modules, likewise; ``[]`` if there is none, as in a language model with a tied head.
-        groups: Regular expressions by group name, bottom to top, for a model without a list of blocks; the group
-            named ``head`` has no anchor.
+        layers: Where the blocks and the head are, if they are not found by themselves; ``Layers(head=[])`` where there
+            is no new head, as in a language model with a tied one. The group named ``head`` has no anchor.
 
     Raises:
         ValueError: An argument is out of range; the pull ηα is 1 or more; nothing is there to anchor; on resume,
@@ -59,9 +56,7 @@ class L2SP(Callback):
         *,
         head_strength: float = 0.0,
         kernels_only: bool = True,
-        blocks: str | Sequence[str] | None = None,
-        head: str | Sequence[str] | None = None,
-        groups: Mapping[str, str] | None = None,
+        layers: Layers | None = None,
     ) -> None:
         if mode not in ("coupled", "decoupled"):
             raise ValueError(f'mode={mode!r} must be "coupled" (through the gradient) or "decoupled" (beside the step)')
@@ -72,7 +67,7 @@ class L2SP(Callback):
         self.mode = mode
         self.head_strength = head_strength
         self.kernels_only = kernels_only
-        self._blocks, self._head, self._groups = blocks, head, groups
+        self.layers = layers or Layers()
         self._anchor: Anchor | None = None
         self._restored = False
         self._fingerprint: dict[str, float] | None = None
@@ -97,7 +92,7 @@ class L2SP(Callback):
         self._restored = True
 
     def _split(self, module: LightningModule) -> tuple[list[tuple[str, nn.Parameter]], list[nn.Parameter]]:
-        groups = LayerGroups.of(module, blocks=self._blocks, head=self._head, groups=self._groups)
+        groups = self.layers.of(module)
         wanted = [
             (name, group, parameter)
             for group in groups
@@ -116,10 +111,11 @@ class L2SP(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release_hooks()
         body, head = self._split(pl_module)
-        if not head and self._head is None and self._groups is None:
+        if not head and self.layers.head is None and self.layers.groups is None:
             rank_zero_warn(
                 f"L2SP found no head in {type(pl_module).__name__} and anchors every layer. If one of them is new, its "
-                'random weights are no anchor: name it, head="classifier". If there is none (a tied LM head), head=[]'
+                'random weights are no anchor: name it, layers=Layers(head="classifier"). If there is none (a tied LM '
+                "head), layers=Layers(head=[])"
             )
         if any(p.dtype in (torch.bfloat16, torch.float16) for _, p in body):
             rank_zero_warn(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
+from lightning_ft.core import Layers
 
 
 class Digits(LightningModule):
@@ -34,11 +35,11 @@ def main() -> None:
     seed_everything(0)
     labels = torch.arange(256) % 4
     images = torch.randn(256, 1, 8, 8) + labels[:, None, None, None]
-    groups = {"stem": r"^features\.0\.", "body": r"^features\.2\.", "head": r"^classifier\."}
+    layers = Layers(groups={"stem": r"^features\.0\.", "body": r"^features\.2\.", "head": r"^classifier\."})
     callbacks = [
-        GradualUnfreezing(every="2 epochs", groups=groups),
-        DiscriminativeLR(decay=0.5, groups=groups),
-        L2SP(strength=0.01, groups=groups),
+        GradualUnfreezing(every="2 epochs", layers=layers),
+        DiscriminativeLR(decay=0.5, layers=layers),
+        L2SP(strength=0.01, layers=layers),
     ]
     trainer = Trainer(max_epochs=6, callbacks=callbacks, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(Digits(), DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True))

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing, _trainer, gradual_unfreezing
+from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing, _freezing, _trainer
 from tests.strangers import BATCH, FILTERED, Filtered, dataset, weights
 
 RANKS = 2
@@ -98,7 +98,7 @@ def main(rank: str, port: str, out: str) -> None:
     results = {name: train(scenario) for name, scenario in {**SCENARIOS, **REFUSED}.items()}
 
     calls: list[Any] = []
-    gradual_unfreezing.rewrap_ddp = lambda trainer: calls or calls.append(_trainer.rewrap_ddp(trainer))
+    _freezing.rewrap_ddp = lambda trainer: calls or calls.append(_trainer.rewrap_ddp(trainer))
     results |= {name: train(scenario) for name, scenario in MUTANT.items()}
     torch.save(results, Path(out) / f"{rank}.pt")
 

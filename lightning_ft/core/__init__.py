@@ -4,6 +4,7 @@ from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.files import atomic_file, atomic_folder
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layers import Layers
 from lightning_ft.core.penalty import QuadraticPenalty
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration, Progress
@@ -13,6 +14,7 @@ __all__ = [
     "Duration",
     "FreezePlan",
     "LayerGroups",
+    "Layers",
     "Progress",
     "QuadraticPenalty",
     "Report",

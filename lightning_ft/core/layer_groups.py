@@ -137,6 +137,53 @@ class LayerGroups:
         """Parameters of one group."""
         return tuple(parameter for _, parameter in self.named_parameters(name))
 
+    def select(self, what: str | Sequence[str]) -> tuple[str, ...]:
+        """Names of the groups that ``what`` speaks of, bottom to top.
+
+        Args:
+            what: A group's name (``"head"``); ``"all"``; ``"blocks"``; ``"top:2"`` or ``"bottom:2"``, so many blocks
+                from either end; ``"block.2..block.5"``, a range with both its ends; or a regular expression that whole
+                names match. Or a list of these.
+
+        Raises:
+            ValueError: Something matches no group, or asks for more blocks than there are.
+
+        Example:
+            >>> from torch import nn
+            >>> tower = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+            >>> groups = LayerGroups.of(tower, groups={"block.0": "^0", "block.1": "^1", "head": "^2"})
+            >>> groups.select("top:1"), groups.select(["head", "block.0"]), groups.select("block.0..head")
+            (('block.1',), ('block.0', 'head'), ('block.0', 'block.1', 'head'))
+        """
+        patterns = [what] if isinstance(what, str) else list(what)
+        chosen = {name for pattern in patterns for name in self._matching(pattern)}
+        if not chosen:
+            raise ValueError(f"must name one group or more of {', '.join(self._members)}; got {what!r}")
+        return tuple(name for name in self._members if name in chosen)
+
+    def _matching(self, pattern: str) -> Sequence[str]:
+        names = list(self._members)
+        blocks = [name for name in names if name not in ("embeddings", "tail", "head")]
+        if pattern in self._members:
+            return [pattern]
+        if pattern in ("all", "blocks"):
+            return names if pattern == "all" else blocks
+        if match := re.fullmatch(r"(top|bottom):(\d+)", pattern):
+            count = int(match[2])
+            if not 1 <= count <= len(blocks):
+                raise ValueError(f"{pattern!r} must ask for 1 to {len(blocks)} blocks, which are all that there are")
+            return blocks[-count:] if match[1] == "top" else blocks[:count]
+        ends = pattern.split("..")
+        if len(ends) == 2 and all(end in self._members for end in ends):
+            first, last = (names.index(end) for end in ends)
+            if first > last:
+                raise ValueError(f"{pattern!r} must go from bottom to top: write {ends[1]}..{ends[0]}")
+            return names[first : last + 1]
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if not found:
+            raise ValueError(f"{pattern!r} matches none of the groups {', '.join(names)}")
+        return found
+
     def depth_of(self, parameter: nn.Parameter) -> int:
         """Index into :attr:`names` of the group that holds ``parameter``, found by identity."""
         if parameter not in self._depth:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_ft.callbacks import GradualUnfreezing
-from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core import LayerGroups, Layers
 from tests.strangers import BATCHES, FILTERED, STRANGERS, UNITS, Filtered, Late, Stranger, identical, weights
 
 MANUAL = next(stranger for stranger in STRANGERS if stranger.name == "manual")
@@ -134,7 +134,7 @@ def test_explicit_groups_train_one_two_three_four() -> None:
             counts.append(sum(p.requires_grad for p in pl_module.encoder.parameters()))
 
     groups = {"encoder": r"^encoder\.", "low": r"classifier\.0", "middle": r"classifier\.1", "top": r"classifier\.2"}
-    Stranger("tower", Tower).fit(GradualUnfreezing(groups=groups), Count(), max_epochs=4)
+    Stranger("tower", Tower).fit(GradualUnfreezing(layers=Layers(groups=groups)), Count(), max_epochs=4)
     everything = len(list(Tower().encoder.parameters()))
     assert counts == [1, 0, 2, 0, 3, 0, 3, everything]
 
@@ -227,4 +227,4 @@ def test_refuses_a_fraction_of_endless_training() -> None:
 
 def test_refuses_a_wrong_path_of_blocks() -> None:
     with pytest.raises(ValueError, match="blocks= must name"):
-        FILTERED.fit(GradualUnfreezing(blocks="encoder.blocks"))
+        FILTERED.fit(GradualUnfreezing(layers=Layers(blocks="encoder.blocks")))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
+from lightning_ft.core import Layers
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Filtered, Stranger, identical, outcome, weights
 
 ALPHA, BETA, RATE = 0.5, 0.1, 0.1
@@ -378,7 +379,7 @@ def test_a_model_in_which_no_head_is_found_is_anchored_aloud() -> None:
         )
         trainer.fit(Flat(), DataLoader(torch.ones(4, 3, dtype=torch.int64)))
 
-    with pytest.warns(UserWarning, match=r'no head in Flat .*head="classifier".*head=\[\]'):
+    with pytest.warns(UserWarning, match=r'no head in Flat .*head="classifier"\).*head=\[\]'):
         fit()
-    fit(head="classifier")
-    fit(head=[])
+    fit(layers=Layers(head="classifier"))
+    fit(layers=Layers(head=[]))

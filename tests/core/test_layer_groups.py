@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from lightning_ft.core.layer_groups import LayerGroups
+from tests.strangers import FILTERED
 from tests.tiny import BERT, SEQ2SEQ, T5, TINY, tiny
 
 # The oracle's own knowledge, by hand: where each architecture keeps its blocks.
@@ -515,3 +517,36 @@ def test_constructor_checks_the_partition() -> None:
     with pytest.raises(ValueError, match="strangers: other"):
         LayerGroups(model, {"a": [weight, bias, ("other", nn.Parameter(bias[1].detach().clone()))]})
     assert LayerGroups(model, {"a": [weight, bias], "empty": []}).names == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("head", ["head"]),
+        ("all", ["embeddings", "block.0", "block.1", "block.2", "tail", "head"]),
+        ("blocks", ["block.0", "block.1", "block.2"]),
+        ("top:2", ["block.1", "block.2"]),
+        ("bottom:1", ["block.0"]),
+        ("block.1..tail", ["block.1", "block.2", "tail"]),
+        (r"block\.[02]", ["block.0", "block.2"]),
+        (["head", "top:1", "embeddings", "block.2"], ["embeddings", "block.2", "head"]),
+    ],
+)
+def test_groups_are_selected_by_what_a_person_writes(what: Any, expected: list[str]) -> None:
+    assert list(LayerGroups.of(FILTERED.module()).select(what)) == expected
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("block.3", r"'block.3' matches none of the groups embeddings, block.0, block.1, block.2, tail, head"),
+        ("block", "'block' matches none"),  # whole names only
+        ("top:4", "'top:4' must ask for 1 to 3 blocks"),
+        ("bottom:0", "'bottom:0' must ask for 1 to 3 blocks"),
+        ("tail..block.0", "'tail..block.0' must go from bottom to top: write block.0..tail"),
+        ([], r"must name one group or more of embeddings, .*; got \[\]"),
+    ],
+)
+def test_selections_of_nothing_are_refused(what: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LayerGroups.of(FILTERED.module()).select(what)

@@ -1,0 +1,33 @@
+"""Where a model's layers are, said once for everything that speaks of depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_ft.core.layer_groups import LayerGroups
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What tells apart the layers of a model in which :class:`LayerGroups` cannot, or should not, find them by itself.
+
+    Args:
+        blocks: Path of the list of blocks, such as ``"backbone.layers"``; several are stacked in the order given.
+        head: Path of each module that is the head; ``[]`` if there is none, as in a language model with a tied head.
+        groups: For a model without a list of blocks: group name to regular expression, bottom to top.
+
+    Example:
+        >>> Layers(head="verdict")
+        Layers(blocks=None, head='verdict', groups=None)
+    """
+
+    blocks: str | Sequence[str] | None = None
+    head: str | Sequence[str] | None = None
+    groups: Mapping[str, str] | None = None
+
+    def of(self, module: nn.Module) -> LayerGroups:
+        """The layer groups of a module, see :meth:`LayerGroups.of`."""
+        return LayerGroups.of(module, blocks=self.blocks, head=self.head, groups=self.groups)
