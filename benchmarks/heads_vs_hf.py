@@ -120,8 +120,8 @@ def answer(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str])
             [question.lstrip() for question in part["question"]],
             part["context"],
             truncation="only_second",
-            max_length=256,
-            stride=64,
+            max_length=192,
+            stride=48,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
             padding="max_length",
@@ -148,7 +148,7 @@ def choose(tokenizer: PreTrainedTokenizerBase, rows: Dataset, labels: list[str])
     def encode(part: Mapping[str, Any]) -> dict[str, Any]:
         counts = [len(choices) for choices in part["choices"]]
         contexts = chain.from_iterable([c] * n for c, n in zip(part["context"], counts, strict=True))
-        flat = tokenizer([*contexts], [*chain.from_iterable(part["choices"])], truncation=True, max_length=128)
+        flat = tokenizer([*contexts], [*chain.from_iterable(part["choices"])], truncation="only_first", max_length=64)
         step = counts[0]
         return {
             **{name: [v[i : i + step] for i in range(0, len(v), step)] for name, v in flat.items()},
@@ -182,11 +182,12 @@ TASKS = {
         "val_f1",
         AutoModelForQuestionAnswering,
         QuestionAnswering,
-        lambda *args, **options: QuestionAnsweringData(*args, max_length=256, stride=64, **options),
+        lambda *args, **options: QuestionAnsweringData(*args, max_length=192, stride=48, **options),
         answer,
         lambda tokenizer: default_data_collator,
         rows=1000,
         batch=16,
+        epochs=2,
         keep=lambda row: len(row["context"]) <= 600,
     ),
     "multiple choice": Task(
@@ -194,11 +195,13 @@ TASKS = {
         "val_accuracy",
         AutoModelForMultipleChoice,
         MultipleChoice,
-        MultipleChoiceData,
+        lambda *args, **options: MultipleChoiceData(*args, max_length=64, **options),
         choose,
         DataCollatorForMultipleChoice,
-        rows=1000,
+        rows=800,
         batch=16,
+        epochs=2,
+        keep=lambda row: max(map(len, row["choices"])) <= 160,
     ),
 }
 

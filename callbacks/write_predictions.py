@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -45,7 +46,8 @@ class WritePredictions(Callback):
 
     Raises:
         TypeError: ``predict_step`` returned something else.
-        ValueError: Several processes predict rows without a column ``row``.
+        ValueError: Several processes predict rows without a column ``row``, or a value is NaN or infinite, which JSON
+            does not know.
     """
 
     def __init__(self, path: str | os.PathLike[str] = "predictions.jsonl") -> None:
@@ -61,7 +63,8 @@ class WritePredictions(Callback):
         if stage != "predict" or not isinstance(data, ResumablePredictions):
             return
         identity = _identity(trainer, pl_module, data)
-        files = sorted(self.path.parent.glob(f".{self.path.name}.*.part")) if trainer.is_global_zero else []
+        pattern = f".{glob.escape(self.path.name)}.*.part"
+        files = sorted(self.path.parent.glob(pattern)) if trainer.is_global_zero else []
         # Rank 0 decides for all: ranks that left out different rows would between them lose some.
         rows = trainer.strategy.broadcast([row for file in files for row in _read(file, identity)])
         data.skip_predicted({row["row"] for _, row in rows})
@@ -132,7 +135,10 @@ class WritePredictions(Callback):
 
 
 def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"WritePredictions: a prediction is no JSON ({error}): {value!r}"[:500]) from None
 
 
 def _read(journal: Path, identity: str) -> list[tuple[int, dict[str, Any]]]:

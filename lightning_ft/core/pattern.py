@@ -171,6 +171,32 @@ def encode_pattern(
     return bodies
 
 
+def encode_prompt(
+    pattern: Pattern, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]], room: int, *, word: str
+) -> list[Body]:
+    """Tokens of what stands before the gap at a pattern's end, for a decoder to go on from.
+
+    White space before the gap belongs to the prompt where it is a token of its own (a line break, for many
+    vocabularies), and to the word where it is not: which of them, a word that stands there tells.
+
+    Args:
+        pattern: A pattern that ends with the gap.
+        tokenizer: A fast tokenizer.
+        texts: The texts of each column that the pattern names.
+        room: Tokens that a row may have.
+        word: A word of one token for the gap.
+
+    Raises:
+        ValueError: The pattern leaves no room for text.
+    """
+    if not pattern.before_word[1]:
+        return encode_pattern(pattern, tokenizer, texts, room)
+    words = [word] * len(next(iter(texts.values())))
+    bodies = encode_pattern(pattern, tokenizer, texts, room + 1, words=words)
+    kept = [[token for token, gap in zip(body.ids, body.gap, strict=True) if not gap] for body in bodies]
+    return [Body(ids, [False] * len(ids), body.cut) for ids, body in zip(kept, bodies, strict=True)]
+
+
 def _fit(pattern: Pattern, parts: Sequence[int], room: int) -> list[int]:
     """Which tokens stay, given the part that each lies in."""
     counts = {part: sum(1 for _ in run) for part, run in groupby(parts)}

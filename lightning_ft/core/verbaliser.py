@@ -59,15 +59,28 @@ def is_decoder(tokenizer: PreTrainedTokenizerBase, patterns: Sequence[Pattern], 
 
 
 def word_tokens(
-    verbalizer: Mapping[str, Sequence[str]], pattern: Pattern, tokenizer: PreTrainedTokenizerBase
+    verbalizer: Mapping[str, Sequence[str]], pattern: Pattern, tokenizer: PreTrainedTokenizerBase, *, decoder: bool
 ) -> list[list[list[int]]]:
     """The tokens of every label's words as they stand in a pattern's gap, ``[label][word][token]``.
 
+    Args:
+        verbalizer: The words of each label.
+        pattern: The pattern.
+        tokenizer: A fast tokenizer.
+        decoder: Whether a prompt goes before the words, see :func:`~lightning_ft.core.pattern.encode_prompt`.
+
     Raises:
         ValueError: A word that the vocabulary lacks, that takes more tokens than there are masks, or the same ones as
-            another word; or more masks than any word needs.
+            another word; more masks than any word needs; or words that a decoder's prompt would end differently for.
     """
-    tokens = {word: _in_gap(word, pattern, tokenizer) for words in verbalizer.values() for word in words}
+    gaps = {word: _in_gap(word, pattern, tokenizer) for words in verbalizer.values() for word in words}
+    tokens = {word: ids for word, (_, ids) in gaps.items()}
+    first = next(iter(gaps))
+    if decoder and (odd := next((word for word in gaps if gaps[word][0] != gaps[first][0]), None)) is not None:
+        raise ValueError(
+            f"verbalizer: in pattern {pattern.template!r} the white space before {first!r} and before {odd!r} makes "
+            "different tokens, so that they would go on from different prompts: choose other words"
+        )
     longest = max(map(len, tokens.values()))
     if longest < pattern.masks:
         raise ValueError(
@@ -81,13 +94,15 @@ def word_tokens(
     return [[tokens[word] for word in words] for words in verbalizer.values()]
 
 
-def _in_gap(word: str, pattern: Pattern, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _in_gap(word: str, pattern: Pattern, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens of the white space before a word that are not the word's own, and those of the word."""
     before, space = pattern.before_word
     start = len(before) + len(space)
     encoded = encode_plain([before + space + word], tokenizer)
     pairs = list(zip(encoded["input_ids"][0], encoded["offset_mapping"][0], strict=True))
     inside = [(token, span) for token, span in pairs if span[1] > start]
     ids = [token for token, _ in inside]
+    space_ids = [token for token, span in pairs if len(before) <= span[0] and span[1] <= start]
     pieces = tokenizer.convert_ids_to_tokens(ids)
     if not ids or tokenizer.unk_token_id in ids:
         raise ValueError(f"verbalizer: the tokenizer has no token for {word!r} (it makes {pieces}): choose another")
@@ -101,4 +116,4 @@ def _in_gap(word: str, pattern: Pattern, tokenizer: PreTrainedTokenizerBase) -> 
             f"verbalizer: {word!r} is {len(ids)} tokens, {pieces}, and pattern {pattern.template!r} has a gap for "
             f"{pattern.masks}: choose a shorter word, or for a masked language model write {{mask}} {len(ids)} times"
         )
-    return ids
+    return space_ids, ids

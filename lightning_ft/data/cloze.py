@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ft.core.counter_random import random_key
-from lightning_ft.core.pattern import around, encode_pattern, parse_patterns
+from lightning_ft.core.pattern import around, encode_pattern, encode_prompt, parse_patterns
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from lightning_ft.data.base import Rows, TextData
 from lightning_ft.data.cloze_rows import Demonstrations, EvaluationRows, Frame, MaskedTexts, TrainRows
@@ -164,7 +164,7 @@ class ClozeData(TextData):
         """Whether the gap is the next token, and not a mask. Also checks that every word is a token."""
         decoder = is_decoder(self.tokenizer, self.patterns, self._decoder)
         for pattern in self.patterns:
-            word_tokens(self.verbalizer, pattern, self.tokenizer)
+            word_tokens(self.verbalizer, pattern, self.tokenizer, decoder=decoder)
         if decoder and self.sources["unlabelled"] is not None:
             raise ValueError("unlabelled texts are masked, which a decoder does not learn from: leave unlabelled out")
         return decoder
@@ -262,8 +262,13 @@ class ClozeData(TextData):
     def _framed(self, batch: Mapping[str, Sequence[str]], rows: Sequence[int], contexts: Contexts) -> dict[str, Any]:
         room = self.max_length - self._shown * self._demonstration_room - len(self._frame.before)
         room -= 0 if self.decoder else len(self._frame.after)
-        mask = "" if self.decoder else self.tokenizer.mask_token
-        filled = [encode_pattern(pattern, self.tokenizer, batch, room, mask=mask) for pattern in self.patterns]
+        word = next(iter(self.verbalizer.values()))[0]
+        filled = [
+            encode_prompt(pattern, self.tokenizer, batch, room, word=word)
+            if self.decoder
+            else encode_pattern(pattern, self.tokenizer, batch, room, mask=self.tokenizer.mask_token)
+            for pattern in self.patterns
+        ]
         out: dict[str, list[Any]] = {n: [] for n in ("input_ids", "mask_positions", "pattern", "row", "truncated")}
         for number, row in enumerate(rows):
             for context in contexts or [[[] for _ in self.patterns]]:

@@ -42,7 +42,9 @@ class Padding:
         """A tokenizer's own padding; without a pad token (GPT-2, Llama) its end-of-sequence token.
 
         Such padding is hidden by the attention mask all the same, but a model that finds a row's last token by its pad
-        token must be told the same one (``config.pad_token_id``).
+        token must be told the same one (``config.pad_token_id``). The side is that of the tokenizer's class, on which
+        its models were trained (left for XLNet), and not one set on a tokenizer for generation: absolute positions
+        count from the first column.
 
         Raises:
             ValueError: The tokenizer has neither token.
@@ -53,7 +55,7 @@ class Padding:
                 f"the tokenizer {tokenizer.name_or_path!r} has neither a pad token nor an end-of-sequence token: "
                 "add a pad_token to its files"
             )
-        return cls(token, tokenizer.pad_token_type_id, tokenizer.padding_side == "left", multiple)
+        return cls(token, tokenizer.pad_token_type_id, type(tokenizer).padding_side == "left", multiple)
 
     def of_column(self, name: str) -> int:
         """What fills up a column of lists."""

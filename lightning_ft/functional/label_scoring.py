@@ -102,7 +102,7 @@ def label_log_likelihoods(
         raise ValueError(f'normalise={normalise!r} must be "sum" or "mean"')
     states, rows = encode(model, batch), len(batch["input_ids"])
     scores = []
-    for part in torch.split(label_ids.to(states.device), max(max_rows // rows, 1)):
+    for part in torch.split(label_ids.to(states.device), max(max_rows // max(rows, 1), 1)):
         again: dict[str, Any] = {
             name: batch[name].repeat_interleave(len(part), 0) for name in _ENCODER_INPUTS if name in batch
         }
@@ -124,9 +124,9 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -
             is right. Targets that end in an end-of-sequence token never are.
     """
     ids = [tuple(row) for row in tokenizer(text_target=list(labels))["input_ids"]]
-    for first, short in zip(labels, ids, strict=True):
-        for second, long in zip(labels, ids, strict=True):
-            if first is not second and long[: len(short)] == short:
+    for i, (first, short) in enumerate(zip(labels, ids, strict=True)):
+        for j, (second, long) in enumerate(zip(labels, ids, strict=True)):
+            if i != j and long[: len(short)] == short:
                 raise ValueError(
                     f"the tokens {list(short)} of the label {first!r} begin those of {second!r}: {list(long)}. Choose "
                     "labels that differ in their tokens, or a tokenizer that ends targets with an end-of-sequence token"

@@ -28,8 +28,7 @@ def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
 
     Args:
         model: A causal language model.
-        input_ids: A batch to take tokens from, ``(batch, seq)`` of two tokens or more; with it the batch's number of
-            sequences.
+        input_ids: A batch, ``(batch, seq)`` of two tokens or more: for the number of its sequences and their length.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, LlamaConfig
@@ -42,8 +41,10 @@ def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
         Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination".
     """
     half = min(8, input_ids.shape[1])
-    # Two sequences at most, but not one for several: flash attention reads the borders of a single one only.
-    tokens = torch.cat([input_ids[:2], input_ids[:2]], dim=1)[:, : 2 * half]
+    # All different, or the second document would be read alike with and without the first. Two sequences at most, but
+    # not one for several: flash attention reads the borders of a single one only.
+    tokens = torch.arange(2 * half, device=input_ids.device) % model.config.get_text_config().vocab_size
+    tokens = tokens.expand(min(len(input_ids), 2), -1)
     once = torch.arange(half, device=tokens.device)
     twice = torch.arange(2 * half, device=tokens.device)
     modes = {module: module.training for module in model.modules()}

@@ -88,7 +88,7 @@ def pseudo_log_likelihood(
     special = torch.tensor(sorted(special_ids), device=input_ids.device, dtype=input_ids.dtype)
     scored = (attention_mask == 1) & ~torch.isin(input_ids, special)
     total = torch.zeros(len(input_ids), device=input_ids.device)
-    for places in torch.split(scored.nonzero(), batch_size):
+    for places in torch.split(scored.nonzero(), batch_size) if scored.any() else ():
         rows, columns = places.unbind(1)
         ids, each = input_ids[rows], torch.arange(len(rows), device=rows.device)
         targets = ids[each, columns]

@@ -52,6 +52,7 @@ class BERTScore(Metric):
         layer: Which hidden states: 0 is the embeddings; by default the last. The authors name the best one for each
             encoder (17 for roberta-large).
         batch_size: Texts encoded at a time.
+        allow_pickle: Accept weights in pickle files, which can run code when they are read.
 
     Reference:
         Zhang et al. 2020, "BERTScore: Evaluating Text Generation with BERT".
@@ -60,17 +61,21 @@ class BERTScore(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
-    total: Tensor
+    f1: Tensor
     texts: Tensor
 
-    def __init__(self, model: str, *, layer: int | None = None, batch_size: int = 64) -> None:
+    def __init__(
+        self, model: str, *, layer: int | None = None, batch_size: int = 64, allow_pickle: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.layer = layer
         self.batch_size = batch_size
+        self.allow_pickle = allow_pickle
         # In a list: as a submodule the encoder would be trained and saved with the model that is measured.
         self._loaded: list[Any] = []
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        # Not `total`: a MetricCollection takes metrics for one whose states have the same names and first values.
+        self.add_state("f1", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("texts", torch.tensor(0), dist_reduce_fx="sum")
 
     @override
@@ -93,13 +98,13 @@ class BERTScore(Metric):
             made, wanted = zip(*(pairs[i] for i in chosen), strict=True)
             scores[chosen] = self._f1(made, wanted)
         for part in torch.split(scores, [len(known) for known in references]):
-            self.total += part.max().to(self.device)
+            self.f1 += part.max().to(self.device)
         self.texts += len(texts)
 
     @override
     def compute(self) -> Tensor:
         """The mean, a scalar."""
-        return self.total / self.texts
+        return self.f1 / self.texts
 
     def _f1(self, made: Sequence[str], wanted: Sequence[str]) -> Tensor:
         (a, a_mask), (b, b_mask) = self._vectors(made), self._vectors(wanted)
@@ -109,12 +114,11 @@ class BERTScore(Metric):
     def _vectors(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Token vectors, zero where there is no token, and which of them count."""
         encoder, tokenizer = self._encoder()
-        longest = min(tokenizer.model_max_length, getattr(encoder.config, "max_position_embeddings", 512))
         batch = tokenizer(
             list(texts),
             padding=True,
             truncation=True,
-            max_length=longest,
+            max_length=min(tokenizer.model_max_length, _positions(encoder)),
             return_tensors="pt",
             return_special_tokens_mask=True,
         ).to(self.device)
@@ -130,11 +134,20 @@ class BERTScore(Metric):
             from transformers import AutoModel, AutoTokenizer
 
             try:
-                encoder = AutoModel.from_pretrained(self.model, dtype=torch.float32).eval().requires_grad_(False)
-                self._loaded = [encoder, AutoTokenizer.from_pretrained(self.model)]
+                safe = None if self.allow_pickle else True
+                encoder = AutoModel.from_pretrained(self.model, dtype=torch.float32, use_safetensors=safe)
+                self._loaded = [encoder.eval().requires_grad_(False), AutoTokenizer.from_pretrained(self.model)]
             except OSError as error:
                 raise OSError(
-                    f"bertscore model {self.model!r} could not be loaded: give an encoder's folder"
+                    f"bertscore model {self.model!r} could not be loaded from safetensors: give an encoder's folder, "
+                    "or allow_pickle=True if it holds pickle weights alone and you trust them"
                 ) from error
         encoder, tokenizer = self._loaded
         return encoder.to(self.device), tokenizer
+
+
+def _positions(encoder: PreTrainedModel) -> int:
+    """Tokens that the encoder takes at most. RoBERTa's table of positions begins behind its padding index."""
+    size: int = getattr(encoder.config, "max_position_embeddings", 512)
+    tables = [m for m in encoder.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == size]
+    return size - max((1 + m.padding_idx for m in tables if m.padding_idx is not None), default=0)

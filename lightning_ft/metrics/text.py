@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,30 +19,41 @@ from lightning_ft.metrics.meteor import METEOR
 TextMetric = Literal["rouge", "bleu", "chrf", "meteor", "bertscore"]
 
 
-def text_metrics(names: Sequence[TextMetric], *, bertscore_model: str | None = None) -> dict[str, Metric]:
+def text_metrics(metrics: Sequence[TextMetric] | Mapping[TextMetric, Mapping[str, Any]]) -> dict[str, Metric]:
     """Metrics that compare texts with references, all from 0 to 1: ``update(texts, lists of references)``.
 
     Args:
-        names: ``"rouge"`` (:class:`ROUGE`), ``"bleu"`` (SacreBLEU, 13a tokens, no smoothing), ``"chrf"``
-            (:class:`ChrF`), ``"meteor"`` (:class:`METEOR`), ``"bertscore"`` (:class:`BERTScore`).
-        bertscore_model: Folder or hub name of BERTScore's encoder.
+        metrics: ``"rouge"`` (:class:`ROUGE`), ``"bleu"`` (SacreBLEU, 13a tokens, no smoothing), ``"chrf"``
+            (:class:`ChrF`), ``"meteor"`` (:class:`METEOR`), ``"bertscore"`` (:class:`BERTScore`, which needs its
+            ``model``): names, or each with the options of its class.
 
     Raises:
-        ValueError: An unknown name, or ``"bertscore"`` without a model.
+        ValueError: An unknown name or option, or ``"bertscore"`` without a model.
 
     Example:
-        >>> sorted(text_metrics(["rouge", "chrf"]))
+        >>> sorted(text_metrics({"rouge": {}, "chrf": {"beta": 3.0}}))
         ['chrf', 'rouge']
     """
-    if unknown := [name for name in names if name not in get_args(TextMetric)]:
-        raise ValueError(f"metrics={list(names)}: {unknown[0]!r} is not one of {get_args(TextMetric)}")
-    if "bertscore" in names and bertscore_model is None:
+    options: dict[str, Mapping[str, Any]] = (
+        {name: given or {} for name, given in metrics.items()}
+        if isinstance(metrics, Mapping)
+        else {name: {} for name in metrics}
+    )
+    classes = {"rouge": ROUGE, "bleu": SacreBLEUScore, "chrf": ChrF, "meteor": METEOR, "bertscore": BERTScore}
+    if unknown := [name for name in options if name not in classes]:
+        raise ValueError(f"metrics={list(options)}: {unknown[0]!r} is not one of {get_args(TextMetric)}")
+    if "model" not in options.get("bertscore", {"model": ""}):
         raise ValueError(
-            'metrics has "bertscore", which compares by an encoder: give bertscore_model=..., the folder of one '
-            "(roberta-large is usual for English), or leave it out"
+            'metrics has "bertscore", which compares by an encoder: write metrics={"bertscore": {"model": ...}} with '
+            "the folder of one (roberta-large with layer 17 is usual for English), or leave it out"
         )
-    known = {"rouge": ROUGE, "bleu": SacreBLEUScore, "chrf": ChrF, "meteor": METEOR}
-    return {name: BERTScore(str(bertscore_model)) if name == "bertscore" else known[name]() for name in names}
+    made: dict[str, Metric] = {}
+    for name, given in options.items():
+        try:
+            made[name] = classes[name](**given)
+        except TypeError as error:
+            raise ValueError(f"metrics: {name} takes other options than {dict(given)}: {error}") from None
+    return made
 
 
 class ROUGE(Metric):

@@ -102,6 +102,7 @@ class TransformerModule(LightningModule):
         if self.schedule not in ("linear", "cosine", "constant"):
             raise ValueError(f'schedule={self.schedule!r} must be "linear", "cosine" or "constant"')
         self._source = pretrained
+        self.from_checkpoint = False
         self._trust_remote_code = arguments["trust_remote_code"]
         self.save_hyperparameters(self._arguments)  # for loggers; kept out of checkpoints below
         with torch.random.fork_rng(devices=[]):
@@ -186,12 +187,18 @@ class TransformerModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics(self.test_metrics)
 
+    @override
+    def on_validation_epoch_start(self) -> None:
+        reset(self.val_metrics)  # an evaluation that was interrupted left its rows
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        reset(self.test_metrics)
+
     def _log_metrics(self, metrics: MetricCollection) -> None:
         # Values, and not the metrics themselves: Lightning cannot log one that computes several numbers.
         self.log_dict(metrics.compute())
-        # States made in `trainer.validate` under inference mode could not be added to in a fit that follows.
-        with torch.inference_mode(False):
-            metrics.reset()
+        reset(metrics)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
@@ -215,9 +222,14 @@ class TransformerModule(LightningModule):
         return tokenizer
 
     def _give_pad_token(self) -> None:
-        """Decoders come without one, and cannot find the last token of a padded text: theirs becomes the EOS token."""
-        if self.model.config.pad_token_id is None and self.tokenizer is not None:
-            self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        """The model's pad token becomes that which data are padded with; it finds the last token of a text by it.
+
+        Decoders come without one: theirs becomes the end-of-sequence token, as in `Padding.of`.
+        """
+        if self.tokenizer is None:
+            return
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        if self.tokenizer.pad_token_id is not None:
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
 
     @override
@@ -293,6 +305,7 @@ class TransformerModule(LightningModule):
             raise ValueError(f"{checkpoint_path} holds a {stored['class']}, not a {cls.__name__}")
         module = cls(unpack(stored), **stored["arguments"])
         module.load_state_dict(checkpoint["state_dict"])
+        module.from_checkpoint = True
         return module.to(map_location)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -300,6 +313,15 @@ class TransformerModule(LightningModule):
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def reset(metric: Metric | MetricCollection) -> None:
+    """Begin a metric anew, so that it can be added to in any mode.
+
+    States made in `trainer.validate`, under inference mode, could not be added to in a fit that follows.
+    """
+    with torch.inference_mode(False):
+        metric.reset()
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> TransformerModule:

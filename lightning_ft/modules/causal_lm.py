@@ -14,9 +14,11 @@ from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
+from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.perplexity import LossPerplexity
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
+from lightning_ft.modules.generation import check_generation, generation_settings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -75,12 +77,13 @@ class CausalLM(TransformerModule):
         allow_pickle: bool = False,
     ) -> None:
         arguments = dict(locals())
-        if max_new_tokens < 1 or num_beams < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} and num_beams={num_beams} must be 1 or more")
-        if not temperature >= 0 or not 0 < top_p <= 1:
-            raise ValueError(f"temperature={temperature} must be 0 or more, and top_p={top_p} lie in (0, 1]")
-        if temperature == 0 and top_p < 1:
-            raise ValueError(f"top_p={top_p} is about drawn tokens, and temperature=0 draws none: set temperature=1.0")
+        chosen: Any = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        check_generation(**chosen)
         from transformers import AutoModelForCausalLM
 
         super().__init__(
@@ -91,9 +94,7 @@ class CausalLM(TransformerModule):
             token_weighted=token_weighted,
         )
         self.max_new_tokens = max_new_tokens
-        self.num_beams = num_beams
-        self.temperature = temperature
-        self.top_p = top_p
+        self._settings = generation_settings(**chosen)
         self._packs = False
 
     @override
@@ -111,11 +112,9 @@ class CausalLM(TransformerModule):
         return logits
 
     @override
-    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over the labelled tokens, in fp32, and their number."""
-        logits, labels = _labelled(outputs, batch)
-        # Divided here: the mean over no token would be NaN.
-        return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1), len(labels)
+        return token_cross_entropy(*_labelled(outputs, batch))
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:
@@ -155,15 +154,8 @@ class CausalLM(TransformerModule):
     def _generation(self) -> GenerationConfig:
         """The settings that the model brings, with ours in place of its way of choosing tokens."""
         settings = copy.deepcopy(self.model.generation_config)
-        draws = self.temperature > 0
         settings.update(
-            max_new_tokens=self.max_new_tokens,
-            max_length=None,
-            num_beams=self.num_beams,
-            do_sample=draws,
-            temperature=self.temperature if draws else None,
-            top_p=self.top_p if draws else None,
-            top_k=0 if draws else None,
+            **self._settings,
             eos_token_id=self._ends(settings.eos_token_id),
             pad_token_id=self.model.config.pad_token_id,
             use_cache=True,

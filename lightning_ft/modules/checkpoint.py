@@ -70,7 +70,7 @@ def unpack(stored: Mapping[str, Any]) -> Architecture:
     """The architecture that :func:`pack` stored.
 
     Raises:
-        ValueError: A tokenizer file would be written outside its folder.
+        ValueError: A tokenizer file would be written outside its folder, or the model is not one of transformers'.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -86,7 +86,14 @@ def unpack(stored: Mapping[str, Any]) -> Architecture:
         config = json.loads(stored["config"])
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if stored["tokenizer"] else None
     generation = json.loads(stored.get("generation") or "null")
-    return Architecture(AutoConfig.for_model(**config), tokenizer, generation)
+    try:
+        return Architecture(AutoConfig.for_model(**config), tokenizer, generation)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint's model type {config.get('model_type')!r} is not one of transformers', so a checkpoint "
+            "alone cannot rebuild it (code from the hub does not travel in it): build the module with its pretrained "
+            "folder and trust_remote_code=True, and load the weights by trainer.fit(..., ckpt_path=...)"
+        ) from error
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lightning_ft.core.pattern import parse_patterns
 from lightning_ft.core.report import Report
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from lightning_ft.functional.calibration import calibration_bias
+from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.functional.verbaliser import label_scores, logits_at
 from lightning_ft.metrics.matthews import MatthewsCorrCoef
 from lightning_ft.metrics.pattern_scores import PatternScores
@@ -100,7 +101,7 @@ class Cloze(TransformerModule):
         next_token = is_decoder(tokenizer, parsed, decoder)
         if next_token and auxiliary_mlm:
             raise ValueError(f"auxiliary_mlm={auxiliary_mlm} masks tokens, and a decoder reads no masks: leave it 0")
-        words = _padded([word_tokens(verbalizer, pattern, tokenizer) for pattern in parsed])
+        words = _padded([word_tokens(verbalizer, pattern, tokenizer, decoder=next_token) for pattern in parsed])
         names = list(verbalizer)
         from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -224,10 +225,7 @@ class Cloze(TransformerModule):
                 f"auxiliary_mlm={self.auxiliary_mlm} needs masked texts in the batches: give ClozeData(unlabelled=...)"
             )
         texts = batch["unlabelled"]
-        logits, labels = super().forward(texts).float(), texts["labels"]
-        total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        mean: Tensor = total / (labels != -100).sum().clamp(min=1)
-        return mean
+        return token_cross_entropy(super().forward(texts), texts["labels"])[0]
 
 
 def choose_pattern(module: Cloze, data: LightningDataModule, trainer: Trainer) -> Report:

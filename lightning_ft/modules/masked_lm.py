@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.perplexity import LossPerplexity
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
@@ -84,9 +83,7 @@ class MaskedLM(TransformerModule):
     @override
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss over the masked tokens of a batch, in fp32, and their number."""
-        logits, labels = _masked(outputs, batch)
-        tokens = torch.tensor(len(labels), device=labels.device)
-        return F.cross_entropy(logits, labels, reduction="sum") / tokens.clamp(min=1), tokens
+        return token_cross_entropy(*_masked(outputs, batch))
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

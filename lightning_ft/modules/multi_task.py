@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
-from lightning_ft.modules.base import Batch, Schedule, TransformerModule
+from lightning_ft.modules.base import Batch, Schedule, TransformerModule, reset
 from lightning_ft.modules.checkpoint import KEY, Architecture, pack, read_checkpoint, unpack
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class MultiTask(TransformerModule):
     ``val_<task>_loss`` (unweighted), likewise ``test_…`` and ``train_<task>_loss``; ``val_loss`` is the mean over the
     tasks of the weighted losses, and ``train_loss`` the weighted loss of a batch.
 
-    The heads' own arguments for the optimiser have no effect. Under DDP every parameter takes part in every step, those
+    The heads' own arguments for the optimiser, and ``token_weighted``, have no effect.
+    Under DDP every parameter takes part in every step, those
     of other heads with a gradient of zero, so plain ``strategy="ddp"`` works, and any number of processes trains alike.
 
     Args:
@@ -109,12 +110,6 @@ class MultiTask(TransformerModule):
         return self._head(batch)(batch)
 
     @override
-    def loss(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor | int]:
-        """The task's mean loss over a batch times its weight, in fp32, and its rows or tokens."""
-        loss, items = self._head(batch).loss(outputs, batch)
-        return loss * self.weight(batch["task"], outputs), items
-
-    @override
     def update_metrics(self, metrics: MetricCollection, outputs: Any, batch: Batch) -> None:
         self._head(batch).update_metrics(metrics, outputs, batch)
 
@@ -152,9 +147,11 @@ class MultiTask(TransformerModule):
             raise ValueError(
                 f"the data's tasks are {list(tasks)}, but the heads are {list(self.heads)}: name both alike"
             )
-        for head in self.heads.values():
+        for task, head in self.heads.items():
             head.trainer = self.trainer
             head.setup(stage)
+            if tasks is not None:
+                _agree_on_labels(task, head, tasks[task])
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -212,6 +209,7 @@ class MultiTask(TransformerModule):
 
     def _begin(self, stage: str) -> None:
         self._seen = {}
+        reset(self._losses)
         for head in self.heads.values():
             for hook in (f"on_{stage}_start", f"on_{stage}_epoch_start"):
                 getattr(head, hook)()
@@ -222,7 +220,7 @@ class MultiTask(TransformerModule):
         for task, weight in self._seen.items():
             metric = self._losses[task]
             logged[f"{prefix}{task}_loss"] = loss = metric.compute()
-            metric.reset()
+            reset(metric)
             weighted.append(weight * loss)
             for name, value in _logged(self.heads[task], f"on_{stage}_epoch_end").items():
                 logged[f"{prefix}{task}_{name.removeprefix(prefix)}"] = value
@@ -303,8 +301,27 @@ def _check(heads: Mapping[str, TransformerModule], weights: Mapping[str, float])
     sources = {
         task: os.fspath(head._source) for task, head in heads.items() if not isinstance(head._source, Architecture)
     }
-    if len(set(sources.values())) > 1:
-        raise ValueError(f"heads share one backbone, so they need one pretrained model, got {sources}")
+    given = {task: sources.get(task, "an Architecture or a checkpoint") for task in heads}
+    if sources and len(set(given.values())) > 1:
+        raise ValueError(f"heads share one backbone, so they need one pretrained model, got {given}")
+    if checkpointed := [task for task, head in heads.items() if head._arguments.get("gradient_checkpointing")]:
+        raise ValueError(f"heads {checkpointed} have gradient_checkpointing=True: give it to MultiTask")
+
+
+def _agree_on_labels(task: str, head: TransformerModule, data: Any) -> None:
+    """Give a head without names for its labels those of its data; refuse another number or order of them."""
+    labels, names = getattr(data, "labels", None), getattr(head, "labels", None)
+    if not labels or not names:
+        return
+    if names == [f"LABEL_{i}" for i in range(len(labels))]:
+        head._arguments["labels"] = head.labels = list(labels)  # type: ignore[assignment]
+        head.model.config.id2label = dict(enumerate(labels))
+        head.model.config.label2id = {name: i for i, name in enumerate(labels)}
+    elif len(names) != len(labels) or (set(names) == set(labels) and list(names) != list(labels)):
+        raise ValueError(
+            f"task {task!r}: its head has the labels {list(names)}, and its data {list(labels)}: give both the same "
+            "labels=[...], in one order"
+        )
 
 
 def _share(heads: Mapping[str, TransformerModule]) -> tuple[PreTrainedModel, dict[str, set[int]]]:
@@ -320,6 +337,13 @@ def _share(heads: Mapping[str, TransformerModule]) -> tuple[PreTrainedModel, dic
             raise ValueError(
                 f"heads {chosen!r} and {task!r} have different architectures ({type(backbones[chosen]).__name__} and "
                 f"{type(backbone).__name__}, or other sizes): one backbone cannot serve both"
+            )
+        kept, own = backbones[chosen].state_dict(), backbone.state_dict()
+        loaded = heads[task].from_checkpoint or heads[chosen].from_checkpoint
+        if loaded and not all(torch.equal(value, kept[name]) for name, value in own.items()):
+            raise ValueError(
+                f"heads {chosen!r} and {task!r} bring different weights of the backbone, of which one would be lost: "
+                "make both from one pretrained model, or load one MultiTask checkpoint"
             )
     used = {}
     for task, head in heads.items():

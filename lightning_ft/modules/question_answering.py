@@ -131,6 +131,7 @@ class QuestionAnswering(TransformerModule):
 
     @override
     def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
         self.test_metrics["squad"].threshold = self.no_answer_threshold.item()
 
     def _decode(self, outputs: Logits, batch: Batch) -> tuple[AnswerSpans, Tensor]:

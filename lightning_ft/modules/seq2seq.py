@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from lightning_ft.functional.label_scoring import (
     label_token_ids,
     target_log_likelihoods,
 )
+from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.text import TextMetric, text_metrics
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
+from lightning_ft.modules.generation import check_generation, generation_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,19 +47,19 @@ class Seq2Seq(TransformerModule):
     Args:
         pretrained: Folder or hub name of the pretrained model, or an
             :class:`~lightning_ft.modules.Architecture` for random weights.
-        metrics: What generated texts are measured by; empty for the loss alone, which saves generating them.
+        metrics: What generated texts are measured by: names, or names with options, ``{"meteor": {"synonyms": True}}``;
+            by default ROUGE. Empty for the loss alone, which saves generating them.
         label_texts: The texts of all labels: classify by their likelihood.
         length_normalised: Compare the mean log-probability of labels' tokens, and not their sum.
         generate_in_validation: Generate texts, and measure them, in validation. Tests always do.
         max_new_tokens: Tokens that a generated text may have; it ends earlier at the end-of-sequence token.
         num_beams: Beams of the search for the most probable text; 1 is greedy. 4 or 5 are usual for final results.
-        length_penalty: Beam search divides log p by length to this power: above 0 for longer texts.
+        length_penalty: Beam search divides log p by length to this power, 1 by default: above 0 for longer texts.
         no_repeat_ngram_size: No n-gram of this many tokens comes twice in a text; 0 allows all.
         temperature: Draw tokens from the softmax of logits / temperature; 0 takes the most probable ones.
         top_p: Draw from the most probable tokens that together have this probability.
         target_language: Code of the language to write, for models of many languages, as their tokenizer spells it
             (``"deu_Latn"`` for NLLB, ``"de_DE"`` for mBART-50, ``"de"`` for M2M-100).
-        bertscore_model: Folder or hub name of the encoder that ``"bertscore"`` compares by.
         label_smoothing: Share of the target spread over the vocabulary in training; validation reports the same loss.
         token_weighted: Average the loss over all tokens of an optimiser step, and not over its micro-batches.
         learning_rate: η at the end of the warm-up. T5 takes 1e-4 to 1e-3 with AdamW.
@@ -70,8 +72,8 @@ class Seq2Seq(TransformerModule):
         allow_pickle: Accept weights in pickle files, which can run code when they are read.
 
     Raises:
-        ValueError: A number is out of range, a metric is unknown or lacks its model, labels cannot be told apart by
-            their tokens, or the model does not know the language.
+        ValueError: A number is out of range or has no effect, a metric is unknown or lacks its model, labels cannot be
+            told apart by their tokens, or the model does not know the language.
     """
 
     head_is_pretrained = True
@@ -80,18 +82,17 @@ class Seq2Seq(TransformerModule):
         self,
         pretrained: str | os.PathLike[str] | Architecture,
         *,
-        metrics: Sequence[TextMetric] = ("rouge",),
+        metrics: Sequence[TextMetric] | Mapping[TextMetric, Mapping[str, Any]] | None = None,
         label_texts: Sequence[str] | None = None,
         length_normalised: bool = False,
         generate_in_validation: bool = True,
         max_new_tokens: int = 128,
         num_beams: int = 1,
-        length_penalty: float = 1.0,
+        length_penalty: float | None = None,
         no_repeat_ngram_size: int = 0,
         temperature: float = 0.0,
         top_p: float = 1.0,
         target_language: str | None = None,
-        bertscore_model: str | None = None,
         label_smoothing: float = 0.0,
         token_weighted: bool = True,
         learning_rate: float = 5e-5,
@@ -105,7 +106,24 @@ class Seq2Seq(TransformerModule):
     ) -> None:
         label_texts = None if label_texts is None else [str(name) for name in label_texts]
         arguments = dict(locals())
-        _check_numbers(max_new_tokens, num_beams, no_repeat_ngram_size, temperature, top_p, label_smoothing)
+        chosen: Any = {
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        check_generation(**chosen)
+        if no_repeat_ngram_size < 0 or not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"no_repeat_ngram_size={no_repeat_ngram_size} must be 0 or more, and label_smoothing={label_smoothing} "
+                "lie in [0, 1)"
+            )
+        if length_penalty is not None and num_beams == 1:
+            raise ValueError(f"length_penalty={length_penalty} is about beam search: set num_beams=4, or leave it out")
+        if label_texts is None and length_normalised:
+            raise ValueError("length_normalised=True is about label_texts: give them, or leave it out")
+        if label_texts is not None and metrics is not None:
+            raise ValueError(f"metrics={metrics} are of generated texts, and with label_texts none are: leave them out")
         if label_texts is not None and (len(label_texts) < 2 or len(set(label_texts)) < len(label_texts)):
             raise ValueError(f"label_texts={label_texts} must be two texts or more that differ")
         from transformers import AutoModelForSeq2SeqLM
@@ -116,7 +134,7 @@ class Seq2Seq(TransformerModule):
             arguments=arguments,
             metrics=_label_metrics(len(label_texts))
             if label_texts
-            else text_metrics(metrics, bertscore_model=bertscore_model),
+            else text_metrics(("rouge",) if metrics is None else metrics),
             token_weighted=token_weighted,
         )
         self.label_texts = label_texts
@@ -126,19 +144,12 @@ class Seq2Seq(TransformerModule):
             self.val_metrics = MetricCollection({}, prefix="val_")
         if label_texts is not None:
             _ = self._label_ids  # labels that cannot be told apart are refused before training
-        draws = temperature > 0
         # In the model's own settings, which checkpoints and saved folders keep.
         self.model.generation_config.update(
-            max_new_tokens=max_new_tokens,
-            max_length=None,
-            num_beams=num_beams,
-            length_penalty=length_penalty if num_beams > 1 else None,
+            **generation_settings(**chosen),
+            length_penalty=length_penalty,
             early_stopping=self.model.generation_config.early_stopping if num_beams > 1 else None,
             no_repeat_ngram_size=no_repeat_ngram_size or None,
-            do_sample=draws,
-            temperature=temperature if draws else None,
-            top_p=top_p if draws else None,
-            top_k=0 if draws else None,
         )
         if target_language is not None:
             self.model.generation_config.forced_bos_token_id = self._language_token(target_language)
@@ -158,12 +169,7 @@ class Seq2Seq(TransformerModule):
     @override
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over the target's tokens, in fp32, and their number."""
-        labels = batch["labels"]
-        tokens = (labels != -100).sum()
-        total = F.cross_entropy(
-            outputs.flatten(0, 1).float(), labels.flatten(), reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return total / tokens.clamp(min=1), tokens
+        return token_cross_entropy(outputs, batch["labels"], label_smoothing=self.label_smoothing)
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:
@@ -255,19 +261,3 @@ def _label_metrics(labels: int) -> dict[str, Metric]:
         "accuracy": MulticlassAccuracy(labels, average="micro"),
         "f1": MulticlassF1Score(labels, average="macro"),
     }
-
-
-def _check_numbers(
-    max_new_tokens: int, num_beams: int, ngram: int, temperature: float, top_p: float, label_smoothing: float
-) -> None:
-    if max_new_tokens < 1 or num_beams < 1 or ngram < 0:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens} and num_beams={num_beams} must be 1 or more, and "
-            f"no_repeat_ngram_size={ngram} 0 or more"
-        )
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be 0 or more, and top_p={top_p} lie in (0, 1]")
-    if temperature == 0 and top_p < 1:
-        raise ValueError(f"top_p={top_p} is about drawn tokens, and temperature=0 draws none: set temperature=1.0")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing} must lie in [0, 1)")

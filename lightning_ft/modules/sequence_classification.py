@@ -13,19 +13,18 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
-    MulticlassAUROC,
     MulticlassF1Score,
     MulticlassPrecision,
     MulticlassRecall,
     MultilabelAccuracy,
-    MultilabelAUROC,
     MultilabelF1Score,
     MultilabelPrecision,
     MultilabelRecall,
 )
-from torchmetrics.regression import MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.regression import MeanSquaredError, SpearmanCorrCoef
 from typing_extensions import override
 
+from lightning_ft.metrics.degenerate import MacroAUROC, MacroMultilabelAUROC, Pearson
 from lightning_ft.metrics.matthews import MatthewsCorrCoef
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
@@ -190,20 +189,20 @@ def _metrics(problem: Problem, n: int) -> dict[str, Metric]:
         with warnings.catch_warnings():
             # Ranks need all predictions: no user of ours can act on being told so.
             warnings.filterwarnings("ignore", message="Metric `SpearmanCorrcoef` will save all targets")
-            return {"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef(), "mse": MeanSquaredError()}
+            return {"pearson": Pearson(), "spearman": SpearmanCorrCoef(), "mse": MeanSquaredError()}
     if problem == "multi_label":
         return {
             "accuracy": MultilabelAccuracy(n, average="micro"),
             "f1": MultilabelF1Score(n, average="macro"),
             "precision": MultilabelPrecision(n, average="macro"),
             "recall": MultilabelRecall(n, average="macro"),
-            "auroc": MultilabelAUROC(n, average="macro"),
+            "auroc": MacroMultilabelAUROC(n),
         }
     return {
         "accuracy": MulticlassAccuracy(n, average="micro"),
         "f1": MulticlassF1Score(n, average="macro"),
         "precision": MulticlassPrecision(n, average="macro"),
         "recall": MulticlassRecall(n, average="macro"),
-        "auroc": MulticlassAUROC(n, average="macro"),
+        "auroc": MacroAUROC(n),
         "mcc": MatthewsCorrCoef(n),
     }

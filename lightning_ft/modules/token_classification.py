@@ -1,4 +1,4 @@
-"""A tag for each word: named entities, parts of speech."""
+"""A tag for each word, and the entities that the tags make up."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.entity_f1 import EntityF1, Scheme, entity_spans, tag_table
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
@@ -93,10 +94,7 @@ class TokenClassification(TransformerModule):
     @override
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss over a batch's labelled tokens, in fp32, and their number."""
-        labels = batch["labels"]
-        tokens = (labels != -100).sum()
-        total = F.cross_entropy(outputs.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
-        return total / tokens.clamp(min=1), tokens
+        return token_cross_entropy(outputs, batch["labels"])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -34,7 +34,9 @@ class TokenMean:
         if not _averages(module):
             return mean
         items = torch.as_tensor(items, device=mean.device, dtype=torch.float32)
-        self._items = items if self._items is None else self._items + items
+        # A fit that was interrupted may have left a window unfinished.
+        begins = batch_idx % module.trainer.accumulate_grad_batches == 0
+        self._items = items if begins or self._items is None else self._items + items
         self._last = _ends_window(module, batch_idx)
         return mean * (items / _REFERENCE)
 

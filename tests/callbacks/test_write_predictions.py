@@ -52,3 +52,12 @@ def test_refuses_what_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="dict of columns, one value a row; it returned a Tensor"):
         predict(lightning.pytorch, tmp_path / "p.jsonl", DataLoader(torch.zeros(2)), lambda batch: batch)
     assert not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_what_is_no_json(value: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a prediction is no JSON \(Out of range float values.*'score': (nan|inf)"):
+        predict(
+            lightning.pytorch, tmp_path / "p.jsonl", DataLoader(torch.zeros(2)), lambda batch: {"score": batch + value}
+        )
+    assert not (tmp_path / "p.jsonl").exists()

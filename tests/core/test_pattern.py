@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ft.core.pattern import Pattern, around, encode_pattern, parse_patterns
+from lightning_ft.core.pattern import Pattern, around, encode_pattern, encode_prompt, parse_patterns
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from tests.pretrained import CORPUS, Kind, tokenizer
 
@@ -135,7 +135,24 @@ def test_words_are_seen_as_they_stand_in_the_gap() -> None:
         ("{text}{mask}", bare),
         ("({mask}) {text}", bare),
     ):
-        assert word_tokens({"a": [first], "b": [second]}, Pattern(template), words) == expected
+        assert word_tokens({"a": [first], "b": [second]}, Pattern(template), words, decoder=False) == expected
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("template", ["{text}\n{mask}", "{text} :\n{mask}", "{text}  {mask}", "{text} is {mask}"])
+def test_a_prompt_and_a_word_are_the_tokens_of_the_text_that_they_make(kind: Kind, template: str) -> None:
+    words, pattern = tokenizer(kind), Pattern(template)
+    vocabulary = words.get_vocab()
+    plain = [x for x in "abcdefghijklmnopqrstuvwxyz" if x in vocabulary and {f"Ġ{x}", f"▁{x}"} & vocabulary.keys()][:2]
+    given = {"a": [plain[0]], "b": [plain[1]]}
+    tokens = word_tokens(given, pattern, words, decoder=True)
+    texts = {"text": ["the film", "a story"]}
+    prompts = encode_prompt(pattern, words, texts, 99, word=plain[0])
+    for text, prompt in zip(texts["text"], prompts, strict=True):
+        for label, word in enumerate(plain):
+            whole = words(template.replace("{text}", text).replace("{mask}", word), add_special_tokens=False)
+            assert [*prompt.ids, *tokens[label][0]] == whole["input_ids"]
+        assert not any(prompt.gap)
 
 
 def test_words_of_several_tokens_need_several_masks() -> None:
@@ -144,11 +161,11 @@ def test_words_of_several_tokens_need_several_masks() -> None:
     assert len(long) > 1
     masks = "{mask}" * len(long)
     given = {"a": ["unlikelyness", "bad"], "b": ["great"]}
-    assert word_tokens(given, Pattern("{text} " + masks), words)[0][0] == long
+    assert word_tokens(given, Pattern("{text} " + masks), words, decoder=False)[0][0] == long
     with pytest.raises(ValueError, match=r"'unlikelyness' is \d+ tokens, \['un.*has a gap for 1.*write \{mask\}"):
-        word_tokens(given, Pattern("{text} {mask}"), words)
+        word_tokens(given, Pattern("{text} {mask}"), words, decoder=False)
     with pytest.raises(ValueError, match="has 2 masks, and no word of the verbalizer takes more than 1"):
-        word_tokens({"a": ["bad"], "b": ["great"]}, Pattern("{text} {mask} {mask}"), words)
+        word_tokens({"a": ["bad"], "b": ["great"]}, Pattern("{text} {mask} {mask}"), words, decoder=False)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +177,22 @@ def test_words_of_several_tokens_need_several_masks() -> None:
 )
 def test_words_that_are_no_tokens(verbalizer: Any, template: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        word_tokens(parse_verbalizer(verbalizer), Pattern(template), tokenizer("bert"))
+        word_tokens(parse_verbalizer(verbalizer), Pattern(template), tokenizer("bert"), decoder=False)
 
 
 def test_words_that_grow_together_with_the_pattern() -> None:
     words = tokenizer("roberta")
-    token = next(token for token in words.get_vocab() if token[0] == "Ġ" and token[1:].isalpha() and len(token) > 2)
+    token = next(
+        token
+        for token in words.get_vocab()
+        if token[0] == "Ġ" and token[1:].isascii() and token[1:].isalpha() and len(token) > 2
+    )
     start, end = token[1:-1], token[-1]
     assert words.tokenize(f"so {start}{end}")[-1] == token
     with pytest.raises(
         ValueError, match=rf"joins '{end}' to what stands before it \(\['{token}'\]\): put a space before"
     ):
-        word_tokens({"a": [end], "b": ["7"]}, Pattern("{text} so " + start + "{mask}"), words)
+        word_tokens({"a": [end], "b": ["7"]}, Pattern("{text} so " + start + "{mask}"), words, decoder=False)
 
 
 def test_words_that_the_tokenizer_does_not_tell_apart() -> None:
@@ -180,7 +201,7 @@ def test_words_that_the_tokenizer_does_not_tell_apart() -> None:
     words = tokenizer("bert")
     words.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(ValueError, match="'great' and 'Great' are the same to this tokenizer"):
-        word_tokens({"a": ["great"], "b": ["Great"]}, Pattern("{text} {mask}"), words)
+        word_tokens({"a": ["great"], "b": ["Great"]}, Pattern("{text} {mask}"), words, decoder=False)
 
 
 @pytest.mark.parametrize(

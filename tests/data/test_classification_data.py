@@ -99,7 +99,7 @@ def test_padding_side_and_multiple(left: bool) -> None:
     assert batch["row"].tolist() == [1, 0]
 
 
-def test_a_tokenizer_without_pad_token_pads_with_its_end(minilm: str) -> None:
+def test_a_tokenizer_without_pad_token_pads_with_its_end(minilm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(minilm)
@@ -107,8 +107,10 @@ def test_a_tokenizer_without_pad_token_pads_with_its_end(minilm: str) -> None:
     with pytest.raises(ValueError, match=r"neither a pad token nor an end-of-sequence token: add a pad_token"):
         Padding.of(tokenizer)
     tokenizer.eos_token = "[SEP]"
-    tokenizer.padding_side = "left"
-    assert Padding.of(tokenizer, 8) == Padding(102, 0, left=True, multiple=8)
+    tokenizer.padding_side = "left"  # for generation; absolute positions count from the right side's first column
+    assert Padding.of(tokenizer, 8) == Padding(102, 0, left=False, multiple=8)
+    monkeypatch.setattr(type(tokenizer), "padding_side", "left", raising=False)  # trained on that side, as XLNet is
+    assert Padding.of(tokenizer) == Padding(102, 0, left=True)
 
 
 def test_tokens_are_found_again_on_the_disk(minilm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_prediction_needs_neither_labels_nor_training_rows(folder: Any) -> None:
     assert batch["row"].tolist() == [0, 1, 2]
 
 
-def test_decoders_end_in_the_gap_on_either_side_of_padding(folder: Any) -> None:
+def test_decoders_end_in_the_gap_on_either_side_of_padding(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     table = rows(9)
     for side in ("left", "right"):
         data = make(
@@ -113,7 +113,7 @@ def test_decoders_end_in_the_gap_on_either_side_of_padding(folder: Any) -> None:
             patterns=["{text} it was {mask}", "is {text} : {mask}"],
             verbalizer=two_words(folder("gpt2")),
         )
-        data.tokenizer.padding_side = side
+        monkeypatch.setattr(type(data.tokenizer), "padding_side", side)
         data.setup("validate")
         for batch in data.val_dataloader():
             for i, pattern in enumerate(batch["pattern"].tolist()):

@@ -51,6 +51,11 @@ def test_models_that_read_across_are_found(name: str) -> None:
     assert not keeps_documents_apart(model(ACROSS[name]), torch.arange(5, 35).view(2, 15))
 
 
+def test_a_batch_of_one_token_alone_is_no_reason_to_refuse() -> None:
+    assert keeps_documents_apart(model(APART["llama"]), torch.full((1, 16), 7))
+    assert not keeps_documents_apart(model(ACROSS["falcon"]), torch.full((1, 16), 7))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("width", [2, 3, 40])
 def test_holds_for_every_precision_and_width(dtype: torch.dtype, width: int) -> None:

@@ -59,3 +59,6 @@ def test_pseudo_log_likelihood_is_the_sum_of_a_loop(batch_size: int) -> None:
     torch.testing.assert_close(score, torch.tensor(expected), rtol=1e-5, atol=1e-5)
     assert tokens.tolist() == [3, 1, 0]
     assert torch.equal(ids, before)
+    nothing = torch.tensor([[1, 2]])
+    score, tokens = pseudo_log_likelihood(model, nothing, torch.ones_like(nothing), mask_id, special, batch_size)
+    assert (score.tolist(), tokens.tolist()) == ([0.0], [0])

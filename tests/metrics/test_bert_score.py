@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import transformers as hf
 from torch import nn
+from torchmetrics import MetricCollection
 
 from lightning_ft.metrics.bert_score import BERTScore, greedy_f1
 from lightning_ft.metrics.text import text_metrics
+from tests.pretrained import pretrained
 
 TEXTS = ["the cat sat on the mat", "a completely different thing", "he went home"]
 REFERENCES = [
@@ -37,7 +42,7 @@ def test_by_hand() -> None:
 
 
 def test_same_texts_score_1_and_empty_ones_0(minilm: str) -> None:
-    metric = text_metrics(["bertscore"], bertscore_model=minilm)["bertscore"]
+    metric = text_metrics({"bertscore": {"model": minilm}})["bertscore"]
     metric.update(TEXTS[2:], REFERENCES[2:])
     assert metric.compute().item() == pytest.approx(1, abs=1e-5)
     metric.update([""], [["he went home"]])
@@ -54,3 +59,42 @@ def test_the_encoder_is_no_part_of_the_model(minilm: str) -> None:
 def test_a_missing_encoder_is_named() -> None:
     with pytest.raises(OSError, match="bertscore model 'no/such-encoder'"):
         BERTScore("no/such-encoder").update(["a"], [["b"]])
+
+
+def test_layer_and_batch_size_can_be_chosen(minilm: str) -> None:
+    scores = []
+    for options in ({}, {"layer": 2}, {"layer": 2, "batch_size": 1}):
+        metric = text_metrics({"bertscore": {"model": minilm, **options}})["bertscore"]
+        metric.update(TEXTS, REFERENCES)
+        scores.append(metric.compute().item())
+    assert scores[0] != scores[1] == pytest.approx(scores[2], abs=1e-6)
+
+
+def test_a_text_longer_than_the_encoders_table_of_positions_is_cut(tmp_path: Path) -> None:
+    """RoBERTa's table has two more rows than it takes tokens, and this tokenizer does not say how many it takes."""
+    folder = pretrained(tmp_path, "roberta", hf.AutoModel)
+    assert hf.AutoTokenizer.from_pretrained(folder).model_max_length > 10**6
+    metric = BERTScore(folder)
+    metric.update(["film " * 2000], [["film " * 2000]])
+    assert metric.compute().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_pickle_weights_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path, "bert", hf.AutoModel)
+    model = hf.AutoModel.from_pretrained(folder)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="allow_pickle=True if it holds pickle weights alone"):
+        BERTScore(folder).update(["a"], [["b"]])
+    BERTScore(folder, allow_pickle=True).update(["a"], [["b"]])
+
+
+def test_is_not_taken_for_another_metric(minilm: str) -> None:
+    """A collection merges metrics whose states agree after the first update, as all do after empty texts."""
+    together = MetricCollection(text_metrics({"meteor": {}, "bertscore": {"model": minilm}, "rouge": {}}))
+    together.update(["", ""], [["he went home"], ["she did not"]])
+    together.update(TEXTS, REFERENCES)
+    for name, metric in text_metrics({"meteor": {}, "bertscore": {"model": minilm}}).items():
+        metric.update(["", ""], [["he went home"], ["she did not"]])
+        metric.update(TEXTS, REFERENCES)
+        torch.testing.assert_close(together.compute()[name], metric.compute())

@@ -82,5 +82,7 @@ def test_parts_add_up_to_the_whole(name: str) -> None:
 def test_unknown_names_and_a_missing_encoder_are_refused() -> None:
     with pytest.raises(ValueError, match=r"metrics=\['rouge', 'blue'\]: 'blue' is not one of \('rouge', 'bleu'"):
         text_metrics(["rouge", "blue"])  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"give bertscore_model=\.\.\., the folder of one"):
+    with pytest.raises(ValueError, match=r"write metrics=\{.*\"model\": \.\.\.\}\} with the folder of one"):
         text_metrics(["bertscore"])
+    with pytest.raises(ValueError, match=r"rouge takes other options than \{'stem': True\}: .*'stem'"):
+        text_metrics({"rouge": {"stem": True}})

@@ -261,3 +261,73 @@ def test_gradient_checkpointing_trains_the_same() -> None:
 
     for with_it, without in zip(backward(True), backward(False), strict=True):
         torch.testing.assert_close(with_it, without)
+
+
+# ---- what an interruption must not leave behind
+
+
+class Stop(Callback):
+    """Raises in one hook, the first time."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._raise)
+        self._due = True
+
+    def _raise(self, *args: Any) -> None:
+        if self._due:
+            self._due = False
+            raise RuntimeError("stop")
+
+
+def plain_trainer(*callbacks: Callback, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(accelerator="cpu", enable_model_summary=False, callbacks=list(callbacks), **quiet, **options)
+
+
+def test_a_window_left_unfinished_does_not_weigh_in_the_next_fit() -> None:
+    loader = DataLoader([default_collate([row]) for row in unequal(6)[1:]], batch_size=None)
+
+    def first_step(module: Tokens) -> Tensor:
+        keep = Gradients()
+        plain_trainer(keep, max_steps=1, accumulate_grad_batches=2, limit_val_batches=0).fit(module, loader, loader)
+        return keep.steps[0]
+
+    interrupted = Tokens(token_weighted=True)
+    with pytest.raises(RuntimeError, match="stop"):
+        plain_trainer(Stop("on_after_backward"), accumulate_grad_batches=2, limit_val_batches=0, max_epochs=1).fit(
+            interrupted, loader, loader
+        )
+    interrupted.zero_grad()
+    torch.testing.assert_close(first_step(interrupted), first_step(Tokens(token_weighted=True)))
+
+
+def test_an_interrupted_evaluation_leaves_no_rows_in_the_next(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    data = ClassificationData(folder, val=rows(12), labels=["0", "1", "2"], batch_size=4)
+    module = SequenceClassification(folder, labels=["0", "1", "2"])
+    (clean,) = plain_trainer().validate(module, datamodule=data, verbose=False)
+    with pytest.raises(RuntimeError, match="stop"):
+        plain_trainer(Stop("on_validation_batch_end")).validate(module, datamodule=data, verbose=False)
+    assert plain_trainer().validate(module, datamodule=data, verbose=False) == [clean]
+    assert module.val_metrics["f1"].tp.sum() == 0
+
+
+# ---- padding
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("pad", [None, 7])
+def test_a_decoder_reads_a_row_alike_alone_and_in_a_batch(side: str, pad: int | None, tmp_path: Path) -> None:
+    """Whatever side generation needs, and whatever pad token the configuration names beside the tokenizer's."""
+    folder = pretrained(tmp_path / "model", "gpt2", hf.AutoModelForSequenceClassification, pad_token_id=pad)
+    hf.AutoTokenizer.from_pretrained(folder, padding_side=side).save_pretrained(folder)
+    module = SequenceClassification(folder, labels=["0", "1", "2"]).eval()
+    assert module.model.config.pad_token_id == module.tokenizer.eos_token_id
+
+    def scores(batch_size: int) -> Tensor:
+        data = ClassificationData(folder, predict=rows(9), eval_batch_size=batch_size)
+        data.setup("predict")
+        with torch.no_grad():
+            return torch.cat([module(batch) for batch in data.predict_dataloader()])
+
+    torch.testing.assert_close(scores(9), scores(1))

@@ -220,7 +220,14 @@ def test_drawing_and_beams(gpt2: str) -> None:
     assert texts(temperature=1e-4) == greedy
     assert texts(temperature=5.0, top_p=1e-6) == greedy
     assert texts(temperature=5.0) == texts(temperature=5.0) != greedy
-    assert all(len(text) > 0 for text in texts(num_beams=3))
+    module = CausalLM(gpt2, max_new_tokens=8, num_beams=3).eval()
+    assert module._generation().num_beams == 3
+    ids, prompts = (batch_of(gpt2, 3, val=None)[name] for name in ("input_ids", "attention_mask"))
+    left = {"input_ids": ids, "attention_mask": prompts}
+    asked: list[Any] = []
+    module.model.generate = lambda **given: asked.append(given["generation_config"]) or ids  # type: ignore[assignment]
+    module.predictions(left)
+    assert [settings.num_beams for settings in asked] == [3]
 
 
 def test_generation_settings_of_the_folder_stay_as_they_were(gpt2: str, tmp_path: Path) -> None:

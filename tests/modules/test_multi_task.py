@@ -439,3 +439,43 @@ def test_overfit_batches_are_refused(tmp_path: Path) -> None:
     folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
     with pytest.raises(ValueError, match=r"overfit_batches.* would mix rows of several tasks"):
         quiet(max_epochs=1, overfit_batches=2, callbacks=[]).fit(MultiTask(heads(folder)), datamodule=data(folder))
+
+
+def test_labels_are_those_of_the_data(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    made = MultiTask(heads(folder))
+    assert _fit(_trainer(tmp_path), made, data(folder))
+    for module in (made, MultiTask.load_from_checkpoint(tmp_path / "last.ckpt")):
+        assert module.heads["mood"].labels == ["no", "yes"]  # named otherwise than in the data
+        assert module.heads["tone"].labels == ["0", "1", "x"]
+        assert module.heads["tone"].model.config.id2label == {0: "0", 1: "1", 2: "x"}
+    for labels in (["1", "0"], ["a", "b", "c"]):
+        wrong = {**heads(folder), "mood": SequenceClassification(folder, labels)}
+        with pytest.raises(ValueError, match=r"task 'mood': its head has the labels .*, and its data \['0', '1'\]"):
+            quiet(max_epochs=1, callbacks=[]).fit(MultiTask(wrong), datamodule=data(folder))
+
+
+def test_trains_after_an_evaluation(tmp_path: Path) -> None:
+    """An evaluation runs in inference mode, whose tensors training may not change."""
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    made = MultiTask(heads(folder))
+    quiet(callbacks=[]).validate(made, datamodule=data(folder), verbose=False)
+    quiet(max_epochs=1, callbacks=[]).fit(made, datamodule=data(folder))
+
+
+def test_heads_of_other_weights_are_refused(tmp_path: Path) -> None:
+    folder = pretrained(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
+    own = Architecture(hf.AutoConfig.from_pretrained(folder))
+    mood = SequenceClassification(folder, num_labels=2)
+    with pytest.raises(ValueError, match=r"one pretrained model, got .*'ends': 'an Architecture or a checkpoint'"):
+        MultiTask({"mood": mood, "ends": MultipleChoice(own)})
+    made = [MultipleChoice(own, head_seed=seed) for seed in (0, 1)]
+    MultiTask({"a": made[0], "b": made[1]})  # random weights are no loss
+    data_of = ClassificationData(folder, rows(8), rows(4), batch_size=4, labels=["0", "1"])
+    quiet(max_steps=1, callbacks=[]).fit(trained := SequenceClassification(folder, num_labels=2), datamodule=data_of)
+    trained.trainer.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = SequenceClassification.load_from_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"bring different weights of the backbone, of which one would be lost"):
+        MultiTask({"mood": loaded, "ends": MultipleChoice(own)})
+    with pytest.raises(ValueError, match=r"heads \['ends'\] have gradient_checkpointing=True: give it to MultiTask"):
+        MultiTask({"mood": mood, "ends": MultipleChoice(folder, gradient_checkpointing=True)})
