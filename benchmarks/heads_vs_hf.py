@@ -198,7 +198,7 @@ TASKS = {
         lambda *args, **options: MultipleChoiceData(*args, max_length=64, **options),
         choose,
         DataCollatorForMultipleChoice,
-        rows=800,
+        rows=500,
         batch=16,
         epochs=2,
         keep=lambda row: max(map(len, row["choices"])) <= 160,

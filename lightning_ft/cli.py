@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -31,13 +32,17 @@ from lightning_ft import callbacks as _callbacks
 from lightning_ft import data as _data
 from lightning_ft import modules as _modules
 from lightning_ft.callbacks import ExactResume, TrainingModeCheck, WritePredictions
+from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 from lightning_ft.plan import plan
 from lightning_ft.plugins import AtomicCheckpointIO
 
 # jsonargparse finds classes by their short names, in YAML and in --trainer.callbacks+=Name, once these are imported.
 _NAMED_IN_YAML = (_callbacks, _data, _modules)
 # What head and data must agree on: written once, with the model. A class that has no such argument is not asked.
-_SHARED = ("problem", "scheme", "patterns", "verbalizer", "decoder", "calibrate")
+_SHARED = (
+    *("problem", "scheme", "patterns", "verbalizer", "decoder", "calibrate"),
+    *("target_language", "trust_remote_code"),
+)
 _HELP = """
 further commands, with --help of their own:
   lightning-ft plan --config CONFIG        print phases, groups and rates before any training
@@ -89,6 +94,8 @@ class FineTuningCLI(LightningCLI):
     and ``logs/``. ``--ckpt_path last`` continues the newest run that has a checkpoint, in its folder. The
     configuration names the model once: the data's ``tokenizer`` is always the model's ``pretrained``, what else both
     must agree on (``problem``, ``scheme``, ``patterns``, …) is the model's, and the model's ``labels`` are the data's.
+    With ``--ckpt_path`` both have the checkpoint's labels, unless the data are given some: to test or to predict needs
+    no training file.
     """
 
     @override
@@ -130,7 +137,11 @@ class FineTuningCLI(LightningCLI):
         if config.get("ckpt_path") == "last":
             config.ckpt_path = str(last_checkpoint(root))
             rank_zero_info(f"--ckpt_path last: {config.ckpt_path}")
-        self._run = run_folder(root, config.get("ckpt_path"))
+        self._run = run_folder(root, config.get("ckpt_path"), predicts=self.subcommand == "predict")
+        data = config.get("data")  # none where the module has loaders of its own
+        arguments = (data.get("init_args") if data else None) or {}
+        if config.get("ckpt_path") and "labels" in arguments and arguments["labels"] is None:
+            arguments["labels"] = checkpoint_labels(config.ckpt_path)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -192,11 +203,35 @@ def last_checkpoint(root: Path) -> Path:
     return found[-1]
 
 
-def run_folder(root: Path, ckpt_path: str | None) -> Path:
-    """The folder of the run that ``ckpt_path`` belongs to, else the next free one. Nothing is created."""
+def checkpoint_labels(path: str) -> list[str] | None:
+    """The labels of the head in a checkpoint of ours; None for a checkpoint that holds none."""
+    try:
+        stored = read_checkpoint(path)[KEY]
+    except (FileNotFoundError, ValueError, UnpicklingError):  # not a file, or not ours: Lightning knows what to say
+        return None
+    return stored["arguments"].get("labels") or None
+
+
+def run_folder(root: Path, ckpt_path: str | None, *, predicts: bool = False) -> Path:
+    """The folder of the run that ``ckpt_path`` belongs to, else the next free one. Nothing is created.
+
+    Args:
+        root: The folder of all runs.
+        ckpt_path: The checkpoint that is given, if any.
+        predicts: Whether the run predicts: without a run's checkpoint it goes on in the newest one that did nothing but
+            predict, if that was interrupted.
+    """
     if ckpt_path is not None and _number(run := Path(ckpt_path).parent.parent) is not None:
         return run
-    numbers = [_number(run) or 0 for run in _runs(root)]
+    runs = _runs(root)
+    if (
+        predicts
+        and runs
+        and not (runs[-1] / "checkpoints").exists()
+        and any(runs[-1].glob(".predictions.jsonl.*.part"))
+    ):
+        return runs[-1]
+    numbers = [_number(run) or 0 for run in runs]
     return root / f"run_{max(numbers) + 1 if numbers else 0}"
 
 
@@ -284,4 +319,13 @@ def _demo(arguments: list[str]) -> None:
     demo(options.sentences or SENTENCES, folder=options.folder, prepare=options.prepare)
 
 
-__all__ = ["FineTuningCLI", "FineTuningTrainer", "export", "last_checkpoint", "main", "run", "run_folder"]
+__all__ = [
+    "FineTuningCLI",
+    "FineTuningTrainer",
+    "checkpoint_labels",
+    "export",
+    "last_checkpoint",
+    "main",
+    "run",
+    "run_folder",
+]

@@ -9,13 +9,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from lightning_ft.cli import last_checkpoint, run_folder
+from lightning_ft import cli
+from lightning_ft.cli import FineTuningCLI, checkpoint_labels, last_checkpoint, run_folder
 from lightning_ft.demo import CONFIG
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
@@ -69,12 +71,17 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def environment(project: Path) -> dict[str, str]:
+    """One thread, and no tokens that another version of the code may have left on this machine."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(project / "cache")}
+
+
 def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     """``lightning-ft`` in the project's folder, one thread."""
     return subprocess.Popen(
         [sys.executable, "-m", "lightning_ft", *arguments],
         cwd=project,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env={**environment(project), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,7 +134,7 @@ cli.main()
     done = subprocess.run(
         [sys.executable, "-c", killer],
         cwd=project,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=environment(project),
         capture_output=True,
         text=True,
         check=False,
@@ -188,9 +195,16 @@ def test_configuration_names_the_model_once_and_labels_come_from_the_data(projec
     assert [row["row"] for row in predictions] == list(range(20))
     assert {row["label"] for row in predictions} <= {"negative", "positive"}
 
-    # Export and prediction need neither the training data nor the pretrained folder.
-    for name in ("train.jsonl", "val.jsonl", "model"):
+    # Prediction and evaluation need no training data: the labels are in the checkpoint. Export does without the
+    # pretrained folder, too.
+    for name in ("train.jsonl", "val.jsonl"):
         (project / name).rename(project / f"{name}.away")
+    (run / "predictions.jsonl").unlink()
+    lightning_ft(project, "predict", "--config", "config.yaml", "--ckpt_path", "last")
+    assert [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()] == predictions
+    output = lightning_ft(project, "test", "--config", "config.yaml", "--ckpt_path", "last")
+    assert "test_accuracy" in output
+    (project / "model").rename(project / "model.away")
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     output = lightning_ft(project, "export", checkpoint, "served", "--to", "onnx", "--max_length", "32")
     assert "worst relative difference" in output
@@ -239,6 +253,23 @@ def test_run_folders_are_numbered_and_found(tmp_path: Path) -> None:
     assert run_folder(tmp_path, None) == tmp_path / "run_11"
     assert run_folder(tmp_path, str(last_checkpoint(tmp_path))) == tmp_path / "run_2"
     assert run_folder(tmp_path, "elsewhere/model.ckpt") == tmp_path / "run_11"
+
+
+def test_a_prediction_without_a_run_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    """Zero-shot, or with a checkpoint from elsewhere."""
+
+    def folder() -> str:
+        return run_folder(tmp_path, "elsewhere/model.ckpt", predicts=True).name
+
+    (tmp_path / "run_0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run_0" / ".predictions.jsonl.0.part").touch()  # with a checkpoint of that run
+    assert folder() == "run_1"
+    (tmp_path / "run_1").mkdir()
+    (tmp_path / "run_1" / ".predictions.jsonl.0.part").touch()
+    assert folder() == "run_1"
+    assert run_folder(tmp_path, None).name == "run_2"
+    (tmp_path / "run_1" / ".predictions.jsonl.0.part").rename(tmp_path / "run_1" / "predictions.jsonl")
+    assert folder() == "run_2"
 
 
 def test_a_module_that_knows_nothing_of_us_runs_from_the_command_line(project: Path) -> None:
@@ -294,6 +325,59 @@ def test_callbacks_are_added_by_short_name_and_a_dry_run_leaves_no_checkpoint(pr
     )
     assert "phase 1 of 5: tail, head train" in output
     assert not (project / "runs").exists()
+
+
+def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """The configuration that a command line comes to; nothing is made of it."""
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
+    monkeypatch.setattr(sys, "argv", ["lightning-ft"])
+    monkeypatch.setattr(FineTuningCLI, "instantiate_classes", lambda self: None)
+    monkeypatch.setattr(FineTuningCLI, "_run_subcommand", lambda self, subcommand: None)
+    return cli.run(arguments).config[arguments[0]]
+
+
+def test_what_head_and_data_must_agree_on_is_written_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parsed(
+        monkeypatch,
+        *("fit", "--model", "Seq2Seq", "--model.pretrained", "facebook/nllb-200-distilled-600M"),
+        *("--model.target_language", "deu_Latn", "--model.trust_remote_code", "true"),
+        *("--data", "Seq2SeqData", "--data.source_language", "eng_Latn"),
+    )
+    assert (config.data.init_args.tokenizer, config.data.init_args.source_language) == (
+        "facebook/nllb-200-distilled-600M",
+        "eng_Latn",
+    )
+    assert (config.data.init_args.target_language, config.data.init_args.trust_remote_code) == ("deu_Latn", True)
+    for head, data in (("TokenClassification", "TokenClassificationData"), ("MaskedLM", "LanguageModelingData")):
+        arguments = ["fit", "--model", head, "--model.pretrained", "x", "--data", data]
+        assert parsed(monkeypatch, *arguments).data.init_args.trust_remote_code is False
+        trusted = parsed(monkeypatch, *arguments, "--model.trust_remote_code", "true")
+        assert trusted.data.init_args.trust_remote_code is True
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_labels_come_from_the_checkpoint(head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = ["O", "B-B", "B-A"]
+    path = tmp_path / "run_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"lightning_ft": {"arguments": {"labels": labels}}}, path)
+    arguments = ["predict", "--model", head, "--model.pretrained", "x", "--trainer.default_root_dir", str(tmp_path)]
+    arguments += ["--data", head.replace("Sequence", "") + "Data", "--data.train", "gone.jsonl"]
+    assert parsed(monkeypatch, *arguments).data.init_args.labels is None
+    for given in (str(path), "last"):
+        assert parsed(monkeypatch, *arguments, "--ckpt_path", given).data.init_args.labels == labels
+    own = parsed(monkeypatch, *arguments, "--ckpt_path", str(path), "--data.labels", '["O", "B-A"]')
+    assert own.data.init_args.labels == ["O", "B-A"]
+    # What is no file of ours is left to Lightning.
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    torch.save({"odd": Path("a")}, tmp_path / "pickle.ckpt")
+    torch.save({"lightning_ft": {"arguments": {"labels": []}}}, tmp_path / "regression.ckpt")
+    for name in ("other.ckpt", "pickle.ckpt", "regression.ckpt", "gone.ckpt"):
+        assert checkpoint_labels(str(tmp_path / name)) is None
+    alone = parsed(monkeypatch, "predict", "--model", head, "--model.pretrained", "x", "--ckpt_path", str(path))
+    assert alone.get("data") is None
+    for given in ("best", str(tmp_path / "other.ckpt")):
+        assert parsed(monkeypatch, *arguments, "--ckpt_path", given).data.init_args.labels is None
 
 
 def test_a_folder_taken_meanwhile_is_refused(project: Path) -> None:

@@ -59,7 +59,8 @@ def run(folder: Path, *command: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        # No tokens that another version of the code may have left on this machine.
+        env={**os.environ, "OMP_NUM_THREADS": "2", "HF_DATASETS_CACHE": str(folder / "cache")},
         capture_output=True,
         text=True,
         check=False,
@@ -76,7 +77,10 @@ def head(source: Path, rows: int, target: Path) -> str:
 
 
 def train_and_predict(config: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> FineTuningCLI:
-    """Fit a few batches by the command line, in a process of its own folder; then predict from the last checkpoint."""
+    """Fit a few batches by the command line, in a folder of its own; then predict from the last checkpoint.
+
+    To predict, only the files of demonstrations are still there: labels come from the checkpoint.
+    """
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "logger": True}
     short = {"max_epochs": 1, "limit_train_batches": 4, "limit_val_batches": 2, "accelerator": "cpu"}
     config["trainer"] |= {**quiet, **short, "accumulate_grad_batches": 2, "val_check_interval": 1.0}
@@ -87,6 +91,9 @@ def train_and_predict(config: dict[str, Any], folder: Path, monkeypatch: pytest.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of calls that Lightning makes
     fitted = cli.run(["fit", "--config", "config.yaml"])
     assert fitted.trainer.global_step == 2
+    if not config["data"]["init_args"].get("demonstrations"):
+        for path in folder.glob("*train.jsonl"):
+            path.unlink()
     cli.run(["predict", "--config", "config.yaml", "--ckpt_path", "last"])
     return fitted
 

@@ -228,14 +228,6 @@ def _shares(lengths: Sequence[int], room: int) -> list[int]:
     return shares
 
 
-def around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
-    start = special.index(0)
-    return ids[:start], ids[len(ids) - special[::-1].index(0) :]
-
-
 def encode_plain(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
     """``input_ids`` and ``offset_mapping`` of texts, without special tokens.
 

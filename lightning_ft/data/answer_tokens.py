@@ -26,7 +26,7 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[s
 
     def encode(texts: list[str]) -> list[list[int]]:
         settings = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        ids: list[list[int]] = tokenizer(texts, **settings)["input_ids"]
+        ids: list[list[int]] = tokenizer(texts, **settings)["input_ids"] if texts else []
         return ids
 
     wholes = iter(encode([text for texts in rows for text in texts]))
@@ -46,6 +46,21 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[s
     return result
 
 
+def check_prompt(where: str, tokens: Tokens) -> Tokens:
+    """Tokens that begin with a prompt.
+
+    Raises:
+        ValueError: The tokenizer made no token of the first prompt.
+    """
+    _, answers = tokens
+    if not answers or answers[0]:
+        raise ValueError(
+            f"{where}: the tokenizer makes no token of the prompt, so that there is nothing to answer: remove the row, "
+            "or put some text into the template"
+        )
+    return tokens
+
+
 def frame(tokens: Tokens, before: Sequence[int], end: int, *, always: bool) -> Tokens:
     """Special tokens around: ``before`` the text, and ``end`` after its last answer, to which it belongs.
 
@@ -59,13 +74,6 @@ def frame(tokens: Tokens, before: Sequence[int], end: int, *, always: bool) -> T
     last = len(answers) - answers[::-1].index(False)
     ends = [end] if always or end not in ids[last:] else []
     return [*before, *ids, *ends], [*[False] * len(before), *answers, *[True] * len(ends)]
-
-
-def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens that the tokenizer puts before a text, and not those that it puts after one."""
-    bare, framed = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
-    starts = [i for i in range(len(framed)) if framed[i : i + len(bare)] == bare]
-    return list(framed[: starts[0]]) if starts else []
 
 
 def fit_answer(where: str, tokens: Tokens, limit: int, *, over_long: OverLong, mask_prompt: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from lightning_ft.core.special_tokens import around
 from lightning_ft.data.masking import WORD_START
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class RowCutter:
         self, tokenizer: PreTrainedTokenizerBase, objective: Objective, rows: RowKind, max_length: int, *, words: bool
     ) -> None:
         self.tokenizer = tokenizer
+        self.objective = objective
         self.rows = rows
+        self.max_length = max_length
         self.words = words
         if words and not tokenizer.is_fast:
             raise ValueError(
@@ -54,7 +57,7 @@ class RowCutter:
                 f"{tokenizer.name_or_path!r} is a {type(tokenizer).__name__}: use a model with a tokenizer.json, or "
                 "whole_words=False"
             )
-        before, after = frame(tokenizer)
+        before, after = around(tokenizer)
         separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
         row: tuple[list[int], list[int]] = (before, after)
         document: tuple[list[int], list[int]] = ([separator] if rows == "chunks" and separator is not None else [], [])
@@ -71,6 +74,11 @@ class RowCutter:
         # The separator stands between documents, not before the first one.
         self._skip = len(document[0]) if objective == "mlm" else 0
         self._rest = self._special([])
+
+    def identity(self) -> dict[str, int | str]:
+        """What decides the rows, beside the tokenizer."""
+        kind = {"objective": self.objective, "rows": self.rows}
+        return {**kind, "max_length": self.max_length, "whole_words": int(self.words)}
 
     def __call__(self, texts: Sequence[str], numbers: Sequence[int], *, last: bool) -> pa.Table:
         """The rows that some documents complete.
@@ -169,23 +177,6 @@ class RowCutter:
                 for (name, kind), values in zip(kinds.items(), flat, strict=False)
             }
         )
-
-
-def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that a tokenizer puts before and after a text.
-
-    Raises:
-        ValueError: It puts some inside.
-    """
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    framed = tokenizer("a")["input_ids"]
-    for start in range(len(framed) - len(bare) + 1):
-        if framed[start : start + len(bare)] == bare:
-            return framed[:start], framed[start + len(bare) :]
-    raise ValueError(
-        f"the tokenizer {tokenizer.name_or_path!r} makes {framed} of a text with special tokens and {bare} without: "
-        "its special tokens must stand around the text"
-    )
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ft.core.counter_random import random_key
-from lightning_ft.core.pattern import around, encode_pattern, encode_prompt, parse_patterns
+from lightning_ft.core.pattern import encode_pattern, encode_prompt, parse_patterns
+from lightning_ft.core.special_tokens import around
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from lightning_ft.data.base import Rows, TextData
 from lightning_ft.data.cloze_rows import Demonstrations, EvaluationRows, Frame, MaskedTexts, TrainRows

@@ -67,7 +67,9 @@ class ContextWindows:
         self._refuse(np.bincount(tokens.rows[~outside], minlength=len(rows)) == 0, rows, "context", contexts)
         # Only one that the tokenizer added: the text "[CLS]" gives one, too.
         is_cls = (np.concatenate(encoded["input_ids"]) == self.tokenizer.cls_token_id) & (side < 0)
-        cls = tokens.lowest(tokens.positions, is_cls, default=0)
+        # Without one, the first token that can be no answer: not the context's.
+        other = tokens.lowest(tokens.positions, side != (0 if self.context_first else 1), default=0)
+        cls = tokens.lowest(tokens.positions, is_cls, default=other)
         result = {**encoded, "row": np.array(rows)[tokens.window_rows], "cls": cls}
         if "start" in batch:
             begin, end = np.array(batch["start"]), np.array(batch["end"])
@@ -131,7 +133,7 @@ class _Tokens:
         positions = np.arange(counts.sum()) - np.repeat(begins, counts)
         return cls(np.array(window_rows), begins, np.repeat(window_rows, counts), positions)
 
-    def lowest(self, values: np.ndarray, where: np.ndarray, default: int) -> np.ndarray:
+    def lowest(self, values: np.ndarray, where: np.ndarray, default: int | np.ndarray) -> np.ndarray:
         """The lowest value of each window, ``(windows,)``, of those ``where`` is true."""
         import numpy as np
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_ft.core.schedule import Duration
 from lightning_ft.data.sampler import LengthBucketSampler, Positions
-from lightning_ft.data.sources import Source, first_true, is_text
+from lightning_ft.data.sources import Source, first_true, is_text, parse_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,6 +88,29 @@ class Curriculum:
         return None if self.difficulty in ("length", "rarity") else self.difficulty
 
 
+class StepClock:
+    """Optimiser steps of a training, told from its batches.
+
+    Args:
+        batches: Batches of an epoch.
+        trainer: Tells how many batches make an optimiser step and how long training is; without one a batch is a step,
+            and training has no end.
+    """
+
+    def __init__(self, batches: int, trainer: Trainer | None = None) -> None:
+        limit: int | float = 1.0 if trainer is None else trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        epochs, steps = (None, -1) if trainer is None else (trainer.max_epochs, trainer.max_steps)
+        self.accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
+        self.steps_per_epoch = -(-batches // self.accumulate)
+        by_epochs = math.inf if epochs is None or epochs < 0 else epochs * self.steps_per_epoch
+        self.total_steps = min(by_epochs, math.inf if steps < 0 else steps)
+
+    def steps_before(self, epoch: int, batch: int) -> int:
+        """Optimiser steps before a batch of an epoch."""
+        return epoch * self.steps_per_epoch + batch // self.accumulate
+
+
 class CurriculumSampler(LengthBucketSampler):
     """Yields batches drawn from the easiest rows, whose share grows as :func:`competence` says.
 
@@ -128,21 +151,31 @@ class CurriculumSampler(LengthBucketSampler):
         if len(difficulty) != len(lengths) or not bool(torch.isfinite(difficulty.double()).all()):
             raise ValueError(f"difficulty must be {len(lengths)} finite numbers, one for each row")
         self.curriculum = curriculum
-        self.accumulate = 1 if trainer is None else trainer.accumulate_grad_batches
-        self.steps_per_epoch = -(-_epoch_batches(len(self), trainer) // self.accumulate)
-        until = Duration.parse(curriculum.until, "until")
-        total = _total_steps(self.steps_per_epoch, trainer)
-        if until.unit == "fraction" and math.isinf(total):
-            raise ValueError(
-                f"until={curriculum.until!r} is a fraction of a training that has no end: set Trainer(max_epochs=...) "
-                'or Trainer(max_steps=...), or write "500 steps" or "1 epoch"'
-            )
-        self.duration = until.steps(steps_per_epoch=self.steps_per_epoch, total_steps=total)
         self._order, self._shares = _entrances(difficulty, classes)
+        self.keep_time(StepClock(len(self), trainer))
+
+    def keep_time(self, clock: StepClock, place: Callable[[int, int], tuple[int, int]] | None = None) -> None:
+        """Count optimiser steps by a clock: that of a training in which these batches are some of many.
+
+        Args:
+            clock: The clock.
+            place: The training's epoch and the batch in it, given the epoch and the batch here; the same by default.
+
+        Raises:
+            ValueError: ``until`` is a fraction of a training that has no end.
+        """
+        until = Duration.parse(self.curriculum.until, "until")
+        if until.unit == "fraction" and math.isinf(clock.total_steps):
+            raise ValueError(
+                f"until={self.curriculum.until!r} is a fraction of a training that has no end: set "
+                'Trainer(max_epochs=...) or Trainer(max_steps=...), or write "500 steps" or "1 epoch"'
+            )
+        self.clock, self._place = clock, place
+        self.duration = until.steps(steps_per_epoch=clock.steps_per_epoch, total_steps=clock.total_steps)
 
     def competence_at(self, batch: int) -> float:
         """c before a batch of the present epoch."""
-        t = self.epoch * self.steps_per_epoch + batch // self.accumulate
+        t = self.clock.steps_before(*(self._place or _same)(self.epoch, batch))
         return competence(t, duration=self.duration, start=self.curriculum.start, power=self.curriculum.power)
 
     def pool(self, batch: int) -> Tensor:
@@ -151,7 +184,7 @@ class CurriculumSampler(LengthBucketSampler):
 
     @override
     def identity(self) -> dict[str, int]:
-        settings = (self.duration, self.curriculum.start, self.curriculum.power, self.accumulate)
+        settings = (self.duration, self.curriculum.start, self.curriculum.power, self.clock.accumulate)
         content = self._order.numpy().tobytes() + self._shares.numpy().tobytes()
         return {**super().identity(), "curriculum": zlib.crc32(repr(settings).encode(), zlib.crc32(content))}
 
@@ -181,15 +214,8 @@ class CurriculumSampler(LengthBucketSampler):
         return max(int(torch.searchsorted(self._shares, share)), least)
 
 
-def _epoch_batches(batches: int, trainer: Trainer | None) -> int:
-    limit: int | float = 1.0 if trainer is None else trainer.limit_train_batches
-    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-
-
-def _total_steps(steps_per_epoch: int, trainer: Trainer | None) -> float:
-    epochs, steps = (None, -1) if trainer is None else (trainer.max_epochs, trainer.max_steps)
-    by_epochs = math.inf if epochs is None or epochs < 0 else epochs * steps_per_epoch
-    return min(by_epochs, math.inf if steps < 0 else steps)
+def _same(epoch: int, batch: int) -> tuple[int, int]:
+    return epoch, batch
 
 
 def _entrances(difficulty: Tensor, classes: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -243,7 +269,7 @@ def read_difficulty(source: Source, column: str) -> Tensor:
             f"{source.where(0)}: column {column!r} must hold numbers to be a difficulty, got {values[0].as_py()!r} "
             f"({kind})"
         )
-    numbers = [_number(text) for text in values.to_pylist()] if is_text(kind) else values.cast(pa.float64())
+    numbers = [parse_number(text) for text in values.to_pylist()] if is_text(kind) else values.cast(pa.float64())
     numbers = pa.array(numbers, pa.float64())
     bad = pc.invert(pc.fill_null(pc.is_finite(numbers), False))
     if (row := first_true(bad)) is not None:
@@ -251,10 +277,3 @@ def read_difficulty(source: Source, column: str) -> Tensor:
             f"{source.where(row)}: column {column!r} holds {values[row].as_py()!r}: a difficulty is a finite number"
         )
     return torch.tensor(numbers.to_numpy())
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None

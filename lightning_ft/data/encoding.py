@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+_FORMAT = 1
+"""To be raised whenever encoding the same texts gives something else, or in another form: see `encode_once`."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +182,13 @@ def tokenize(source: Source, columns: Sequence[str], tokenizer: PreTrainedTokeni
 
     Raises:
         TypeError: A column that does not hold text.
-        ValueError: A null, or a text of which the tokenizer makes no token at all.
+        ValueError: ``max_length`` has no room for text, a null, or a text of which the tokenizer makes no token at all.
     """
     import pyarrow as pa
 
+    # Tokenizers then cut nothing at all, and say nothing.
+    if (special := tokenizer.num_special_tokens_to_add(pair=len(columns) > 1)) >= max_length:
+        raise ValueError(f"max_length={max_length} leaves no room for text beside {special} special tokens: raise it")
     table = pa.table({column: source.texts(column) for column in columns})
 
     def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
@@ -215,7 +222,7 @@ def encode_once(
     """Encode a table in batches onto the disk; what was encoded before is found there.
 
     The cache lies in ``lightning_ft`` in the cache folder of ``datasets``; it is found by the table's content, the
-    tokenizer and the settings, wherever they came from.
+    tokenizer, the settings and the version of this package, wherever they came from.
 
     Args:
         table: The texts.
@@ -229,7 +236,7 @@ def encode_once(
     import datasets
     from datasets.fingerprint import Hasher
 
-    key = Hasher.hash([table, _identity(tokenizer), *settings])
+    key = Hasher.hash([_FORMAT, version("lightning-ft"), table, _identity(tokenizer), *settings])
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "lightning_ft"
     folder.mkdir(parents=True, exist_ok=True)
     return datasets.Dataset(table).map(
@@ -245,12 +252,26 @@ def encode_once(
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What decides the tokens."""
+    """What decides the tokens. Not the side of padding, which is done batch by batch, nor the chat template, which is
+    a setting of what uses it.
+    """
+    # Which tokens play which part (mask, separator, end) is not written in a fast tokenizer's own file.
+    roles = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    shared = [
+        roles,
+        sorted(tokenizer.all_special_ids),
+        bool(getattr(tokenizer, "split_special_tokens", False)),
+        tokenizer.model_input_names,
+        tokenizer.truncation_side,
+        # The languages of a tokenizer of many decide its special tokens.
+        [getattr(tokenizer, name, None) for name in ("src_lang", "tgt_lang")],
+    ]
     if not tokenizer.is_fast:
-        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]
+        files = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), repr(tokenizer.init_kwargs)]
+        return [*shared, *files]
     # A fast tokenizer keeps the truncation and padding of its last call: they must not decide what is found.
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return [json.dumps(state, sort_keys=True), tokenizer.model_input_names, tokenizer.truncation_side]
+    return [*shared, json.dumps(state, sort_keys=True)]
 
 
 def fill(lists: pa.Array, mask: Tensor, value: int) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
-from lightning_ft.data.answer_tokens import OverLong, encode_answers, fit_answer, fit_prompt, frame, opening
+from lightning_ft.core.special_tokens import around
+from lightning_ft.data.answer_tokens import OverLong, check_prompt, encode_answers, fit_answer, fit_prompt, frame
 from lightning_ft.data.base import Rows, TextData
 from lightning_ft.data.curriculum import Curriculum
 from lightning_ft.data.encoding import EncodedRows, Padding, encode_once, token_counts
@@ -19,6 +21,7 @@ from lightning_ft.data.prompts import (
     check_template,
     check_turns,
     fill_template,
+    lacks_answer,
     render_chat,
 )
 from lightning_ft.data.sampler import LengthBucketSampler, padding_waste
@@ -27,6 +30,8 @@ from lightning_ft.data.sources import is_text
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+EmptyAnswers = Literal["error", "drop"]
 
 
 class InstructionData(TextData):
@@ -65,6 +70,8 @@ class InstructionData(TextData):
         over_long: What to do with rows of more than ``max_length`` tokens: ``"truncate"`` cuts the end off, and with
             it the answer's; ``"drop"`` leaves the row out, as :meth:`describe` tells; ``"error"`` names it. A prompt
             that leaves no room for its answer is an error unless dropped; to predict, always.
+        empty_answers: What to do with rows whose answer is empty, in a conversation any of its answers: ``"error"``
+            names the first one; ``"drop"`` leaves them out, as :meth:`describe` tells. Rows to predict need none.
         packing: Pack several rows into one sequence in training.
         max_length: Tokens kept of a row, prompt and answer; with ``packing``, of a sequence.
         batch_size: Rows of a training batch on one process; with ``packing``, sequences.
@@ -103,6 +110,7 @@ class InstructionData(TextData):
         template: str = "auto",
         mask_prompt: bool = True,
         over_long: OverLong = "truncate",
+        empty_answers: EmptyAnswers = "error",
         packing: bool = False,
         max_length: int = 512,
         batch_size: int = 8,
@@ -133,6 +141,8 @@ class InstructionData(TextData):
         )
         if over_long not in get_args(OverLong):
             raise ValueError(f"over_long must be one of {get_args(OverLong)}, got {over_long!r}")
+        if empty_answers not in get_args(EmptyAnswers):
+            raise ValueError(f"empty_answers must be one of {get_args(EmptyAnswers)}, got {empty_answers!r}")
         if len({instruction, input, output}) < 3:
             raise ValueError(
                 f"instruction, input and output must be different columns, got {instruction!r}, {input!r}, {output!r}"
@@ -151,8 +161,9 @@ class InstructionData(TextData):
         self.template = template
         self.mask_prompt = mask_prompt
         self.over_long = over_long
+        self.empty_answers = empty_answers
         self.packing = packing
-        self._dropped: dict[str, int] = {}
+        self._dropped: dict[str, dict[str, int]] = {"over max_length": {}, "empty answer": {}}
 
     @override
     def columns(self, split: str) -> list[str]:
@@ -175,11 +186,18 @@ class InstructionData(TextData):
     def encode(self, split: str) -> Rows:
         tokens, part = self._tokens(split), self.part(split)
         kept = torch.arange(len(tokens)) if part is None else part
-        long = token_counts(tokens)[kept] > self.max_length  # only where they are dropped
-        self._dropped[split] = int(long.sum())
+        counts = token_counts(tokens)[kept]
+        long, empty = counts > self.max_length, self._empty(split)[kept]  # only where they are dropped
+        self._dropped["over max_length"][split] = int(long.sum())
+        self._dropped["empty answer"][split] = int(empty.sum())
         if long.all():
             raise ValueError(f"every row of {split} is longer than max_length={self.max_length}: raise it")
-        rows = EncodedRows(tokens, self.padding, rows=kept[~long])
+        if (long | empty).all():
+            raise ValueError(
+                f"every row of {split} is left out: {int(empty.sum())} have an empty answer, and {int(long.sum())} are "
+                f"longer than max_length={self.max_length}"
+            )
+        rows = EncodedRows(tokens, self.padding, rows=kept[~(long | empty)])
         return PackedRows(rows) if self.packing and split == "train" else rows
 
     @override
@@ -199,8 +217,9 @@ class InstructionData(TextData):
     @override
     def facts(self) -> dict[str, Any]:
         facts: dict[str, Any] = {"template": "chat" if self._chats else "text", "packing": self.packing}
-        if any(self._dropped.values()):
-            facts["dropped, over max_length"] = {split: count for split, count in self._dropped.items() if count}
+        for reason, counts in self._dropped.items():
+            if any(counts.values()):
+                facts[f"dropped, {reason}"] = {split: count for split, count in counts.items() if count}
         if "train" in self._rows:
             facts["share of tokens learned"] = self._learned(self.need("train"))
         return facts
@@ -252,7 +271,7 @@ class InstructionData(TextData):
     def _tokens(self, split: str) -> Dataset:
         """Of each source row ``input_ids`` and, unless to predict, ``labels`` and ``truncated``.
 
-        Rows to leave out are longer than ``max_length``.
+        Rows to leave out are longer than ``max_length``, or those of :meth:`_empty`.
 
         Raises:
             ValueError: A row, or the tokenizer, is at fault.
@@ -269,25 +288,30 @@ class InstructionData(TextData):
                 f"the tokenizer {self.tokenizer_name!r} has no end-of-sequence token, which answers end with: add an "
                 "eos_token to its files"
             )
-        before = [] if self._chats else opening(tokenizer)
+        before = [] if self._chats else around(tokenizer)[0]
+        empty = self._empty(split)
 
         def encode(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-            records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            places = [source.where(row) for row in rows]
-            texts = [self._texts(*row, template, asks) for row in zip(places, records, strict=True)]
-            encoded = encode_answers(tokenizer, texts)
+            cells = zip(*batch.values(), strict=True)
+            records = {row: dict(zip(batch, values, strict=True)) for row, values in zip(rows, cells, strict=True)}
+            full = [row for row in rows if not empty[row]]
+            places = [source.where(row) for row in full]
+            texts = [self._texts(source.where(row), records[row], template, asks) for row in full]
+            encoded = [check_prompt(*row) for row in zip(places, encode_answers(tokenizer, texts), strict=True)]
             if asks:
                 prompts = [[*before, *ids] for ids, _ in encoded]
                 return {"input_ids": [fit_prompt(*row, self.max_length) for row in zip(places, prompts, strict=True)]}
             framed = [frame(tokens, before, end, always=not self._chats) for tokens in encoded]
-            answered = [
-                fit_answer(*row, self.max_length, over_long=self.over_long, mask_prompt=self.mask_prompt)
-                for row in zip(places, framed, strict=True)
-            ]
-            return {name: [row[name] for row in answered] for name in answered[0]}
+            answered = {
+                row: fit_answer(place, tokens, self.max_length, over_long=self.over_long, mask_prompt=self.mask_prompt)
+                for row, place, tokens in zip(full, places, framed, strict=True)
+            }
+            # Rows keep their numbers: one to leave out keeps its place.
+            nothing = {"input_ids": [end], "labels": [-100], "truncated": False}
+            return {name: [answered.get(row, nothing)[name] for row in rows] for name in nothing}
 
         settings = ["instructions", template, self._chats, end, before, asks, self.columns(split)]
-        settings += [self.mask_prompt, self.over_long, self.max_length]
+        settings += [self.mask_prompt, self.over_long, self.empty_answers, self.max_length]
         return encode_once(self._table(split), encode, tokenizer, settings, f"Tokenising {source.name}", with_rows=True)
 
     def _table(self, split: str) -> pa.Table:
@@ -297,13 +321,25 @@ class InstructionData(TextData):
         source = self.source(split)
         if self.messages is not None:
             return pa.table({self.messages: source.table[self.messages]})
-        columns = {name: source.texts(name) for name in self.columns(split) if name != self.input}
-        if self.input is not None:
-            # Data sets write "no input" as a null, too.
-            given = source.table[self.input]
+        columns = {}
+        for name in self.columns(split):
+            given = source.table[name]
             given = given.cast(pa.string()) if pa.types.is_null(given.type) else given
-            columns[self.input] = pc.fill_null(given, "") if is_text(given.type) else source.texts(self.input)
+            # Data sets write "no input" as a null, too.
+            may_lack = name == self.input or (name == self.output and self.empty_answers == "drop")
+            columns[name] = pc.fill_null(given, "") if may_lack and is_text(given.type) else source.texts(name)
         return pa.table(columns)
+
+    def _empty(self, split: str) -> Tensor:
+        """Which source rows are left out for want of an answer, ``(source rows,)``."""
+        import pyarrow.compute as pc
+
+        table = self._table(split)
+        if self.empty_answers == "error" or split == "predict":
+            return torch.zeros(len(table), dtype=torch.bool)
+        if self.messages is not None:
+            return torch.tensor([lacks_answer(turns) for turns in table[self.messages].to_pylist()])
+        return torch.tensor(pc.equal(pc.utf8_trim_whitespace(table[self.output]), "").to_pylist())
 
     def _texts(self, where: str, row: Mapping[str, Any], template: str, asks: bool) -> list[str]:
         """The prompt, prompt + answer, and so on; to predict, the prompt alone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lightning_ft.data.sources import Source, as_lists, first_true, is_list, is_text
+from lightning_ft.data.sources import Source, as_lists, first_true, is_list, is_text, parse_number
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,7 +126,7 @@ def _numbers(source: Source, column: str, values: pa.Array) -> pa.Array:
     import pyarrow.compute as pc
 
     if is_text(values.type):
-        parsed = [_number(text) for text in values.to_pylist()]
+        parsed = [parse_number(text) for text in values.to_pylist()]
         _refuse(source, column, pa.array([number is None for number in parsed]), values, "not a number")
         values = pa.array(parsed)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
@@ -137,13 +137,6 @@ def _numbers(source: Source, column: str, values: pa.Array) -> pa.Array:
     numbers = values.cast(pa.float32(), safe=False)
     _refuse(source, column, pc.invert(pc.is_finite(numbers)), values, "not a finite 32-bit number")
     return numbers
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def _split(texts: pa.Array) -> pa.Array:

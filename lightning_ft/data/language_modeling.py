@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_ft.core.special_tokens import around
 from lightning_ft.data.base import Rows, TextData
-from lightning_ft.data.chunks import Objective, RowCutter, RowKind, frame
+from lightning_ft.data.chunks import Objective, RowCutter, RowKind
 from lightning_ft.data.curriculum import Curriculum
 from lightning_ft.data.encoding import EncodedRows, encode_once
 from lightning_ft.data.masking import LabelledRows, Labeller, Masking, next_token_labels
@@ -33,7 +34,9 @@ class LanguageModelingData(TextData):
     a row, too.
 
     Masks depend on ``seed``, the epoch and the row alone (see `Masking`): not on batch size, order, workers, or
-    whether the run was resumed. Validation and test have the same masks in every epoch.
+    whether the run was resumed. Validation and test have the same masks in every epoch. With ``streaming``, ``row`` is
+    a row's place among those that all processes and workers read in a round, and masks depend on that place: with
+    other numbers of processes or workers, or another ``shuffle_buffer``, a text gets other ones.
 
     Rows to predict are whole texts, one a row, without labels: for mlm texts that hold the tokenizer's mask token, cut
     at ``max_length`` where no mask is lost; for clm the beginnings that the model continues, padded on the left.
@@ -251,7 +254,7 @@ class LanguageModelingData(TextData):
     def _prompts(self) -> Dataset:
         _ = self._label
         source = self.source("predict")
-        before, after = frame(self.tokenizer)
+        before, after = around(self.tokenizer)
         after = after if self.objective == "mlm" else []  # the text goes on
         room = self.max_length - len(before) - len(after)
         if room < 1:
@@ -295,8 +298,7 @@ def _encode(
         pa.table({column: texts}),
         encode,
         data.tokenizer,
-        # Which tokens play which part is not written in the tokenizer's own file.
-        ["language modeling", str(data.tokenizer.special_tokens_map), *settings],
+        ["language modeling", *settings],
         f"Tokenising {source.name}",
         with_rows=True,
     )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -15,8 +18,12 @@ from typing_extensions import override
 
 from lightning_ft.core.report import Report
 from lightning_ft.data.base import TextData
+from lightning_ft.data.curriculum import CurriculumSampler, StepClock
 from lightning_ft.data.loader import ResumableDataLoader, overfits
 from lightning_ft.data.sampler import LengthBucketSampler, Positions
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def mixing_shares(sizes: Sequence[int], *, temperature: float = 1.0, cap: int | None = None) -> Tensor:
@@ -56,7 +63,8 @@ class MultiTaskData(LightningDataModule):
         seed: Seed of the order of the tasks; each task's rows are drawn with the seed of its own data.
 
     Raises:
-        ValueError: No task, tasks with different tokenizers, or a number out of range.
+        ValueError: No task, tasks with different tokenizers, or a number out of range; later, data that is at fault,
+            with its task, file and line.
 
     Example:
         >>> from datasets import Dataset
@@ -91,13 +99,11 @@ class MultiTaskData(LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
-        for data in self._attached().values():
-            data.prepare_data()
+        self._each(self._attached(), lambda data: data.prepare_data())
 
     @override
     def setup(self, stage: str | None = None) -> None:
-        for data in self._attached().values():
-            data.setup(stage)
+        self._each(self._attached(), lambda data: data.setup(stage))
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -108,7 +114,7 @@ class MultiTaskData(LightningDataModule):
         """
         if overfits(self.trainer):
             raise ValueError("Trainer(overfit_batches=...) would mix rows of several tasks in a batch: use one task")
-        loaders = {task: data.train_dataloader() for task, data in self._attached().items()}
+        loaders = self._each(self._attached(), lambda data: data.train_dataloader())
         samplers: dict[str, LengthBucketSampler] = {}
         for task, loader in loaders.items():
             if not isinstance(loader, ResumableDataLoader):
@@ -117,7 +123,7 @@ class MultiTaskData(LightningDataModule):
             samplers[task] = loader.sampler
         loader = ResumableDataLoader(
             _TaskRows(loaders),
-            TaskSampler(samplers, temperature=self.temperature, cap=self.cap, seed=self.seed),
+            TaskSampler(samplers, temperature=self.temperature, cap=self.cap, seed=self.seed, trainer=self.trainer),
             trainer=self.trainer,
             num_workers=max(data.num_workers for data in self.tasks.values()),
             pin_memory=any(each.pin_memory for each in loaders.values()),
@@ -159,7 +165,7 @@ class MultiTaskData(LightningDataModule):
         Raises:
             RuntimeError: Before ``setup``.
         """
-        reports = {task: data.describe() for task, data in self._attached().items()}
+        reports = self._each(self._attached(), lambda data: data.describe())
         facts: dict[str, Any] = {"temperature": self.temperature, "cap": self.cap}
         if all(self._has(data, "train") for data in self.tasks.values()):
             sizes = [len(data.need("train")) for data in self.tasks.values()]
@@ -177,6 +183,13 @@ class MultiTaskData(LightningDataModule):
             data.trainer = self.trainer
         return self.tasks
 
+    def _each(self, tasks: Mapping[str, TextData], what: Callable[[TextData], Any]) -> dict[str, Any]:
+        results = {}
+        for task, data in tasks.items():
+            with _faults_of(task):
+                results[task] = what(data)
+        return results
+
     def _has(self, data: TextData, split: str) -> bool:
         return data.sources[data.home(split)] is not None
 
@@ -185,10 +198,22 @@ class MultiTaskData(LightningDataModule):
         fits = self.trainer is not None and self.trainer.state.fn == "fit"
         if not there and not fits:
             raise ValueError(f"{split} rows are needed, and none of the tasks {list(self.tasks)} was given any")
-        loaders = {task: load(data) for task, data in there.items()}
+        loaders = self._each(there, load)
         for task, loader in loaders.items():
             loader.collate_fn = _Named(task, loader.collate_fn)
         return list(loaders.values())
+
+
+@contextmanager
+def _faults_of(task: str) -> Iterator[None]:
+    """Say in errors which task's data are at fault."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        # Not the error's own type: some want other arguments than a message.
+        kinds = (FileNotFoundError, OSError, TypeError, RuntimeError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        raise kind(f"task {task!r}: {error}") from error
 
 
 class TaskSampler(LengthBucketSampler):
@@ -199,16 +224,30 @@ class TaskSampler(LengthBucketSampler):
         temperature: T of :func:`mixing_shares`.
         cap: K of :func:`mixing_shares`.
         seed: Seed of the order of the tasks.
+        trainer: Tells how many batches make an optimiser step, for tasks with a curriculum: they count those of the
+            training, to which the other tasks' batches add.
     """
 
     def __init__(
-        self, samplers: Mapping[str, LengthBucketSampler], *, temperature: float, cap: int | None, seed: int
+        self,
+        samplers: Mapping[str, LengthBucketSampler],
+        *,
+        temperature: float,
+        cap: int | None,
+        seed: int,
+        trainer: Trainer | None = None,
     ) -> None:
         self.samplers = dict(samplers)
         sizes = [len(sampler.lengths) for sampler in self.samplers.values()]
         total = sum(len(sampler) for sampler in self.samplers.values())
         self.counts = _apportion(mixing_shares(sizes, temperature=temperature, cap=cap).tolist(), total)
         super().__init__(torch.cat([sampler.lengths for sampler in self.samplers.values()]), 1, seed=seed)
+        self._inner = list(self.samplers.values())
+        self._places: dict[int, tuple[int, list[int]]] = {}  # of tasks with a curriculum: an epoch, their batches in it
+        clock = StepClock(total, trainer)
+        for number, sampler in enumerate(self._inner):
+            if isinstance(sampler, CurriculumSampler):
+                sampler.keep_time(clock, partial(self._place, number))
 
     @override
     def __len__(self) -> int:
@@ -233,9 +272,20 @@ class TaskSampler(LengthBucketSampler):
         Each task's batches are spread evenly, each at a random place in its share of the epoch: between two of a task
         there are never many more of others than its share demands.
         """
-        draw = random.Random(f"{self.seed} {self.epoch} tasks").random
+        return self._order(self.epoch)
+
+    def _order(self, epoch: int) -> list[int]:
+        draw = random.Random(f"{self.seed} {epoch} tasks").random
         places = [((j + draw()) / n, task) for task, n in enumerate(self.counts) for j in range(n)]
         return [task for _, task in sorted(places)]
+
+    def _place(self, task: int, epoch: int, batch: int) -> tuple[int, int]:
+        """The epoch here, and the batch in it, that a batch of an epoch of a task's own is."""
+        number = epoch * len(self._inner[task]) + batch
+        here, nth = divmod(number, self.counts[task])
+        if self._places.get(task, (-1,))[0] != here:  # asked for one after another
+            self._places[task] = here, [place for place, other in enumerate(self._order(here)) if other == task]
+        return here, self._places[task][1][nth]
 
     def _epoch(self) -> list[TaskPositions]:
         parts = [
@@ -247,8 +297,9 @@ class TaskSampler(LengthBucketSampler):
         """The batches of a task in the present epoch; it goes on in its own epochs where it stopped in the last one."""
         first, batches = self.epoch * count, len(sampler)
         for epoch in range(first // batches, (first + count - 1) // batches + 1):
-            sampler.set_epoch(epoch)
-            yield from list(sampler)[max(first - epoch * batches, 0) : first + count - epoch * batches]
+            begin, end = max(first - epoch * batches, 0), min(first + count - epoch * batches, batches)
+            sampler.resume_at(epoch, begin)
+            yield from islice(sampler, end - begin)
 
 
 class TaskPositions(Positions):

@@ -39,7 +39,8 @@ class MultipleChoiceData(TextData):
         question: Column that is added to the context after a space (COPA: "cause" or "effect").
         choices: Column of lists of texts, or the names of two columns or more (SWAG: ``[ending0, …, ending3]``).
         prefix: Column that begins each choice of a row, before a space (SWAG: ``sent2``).
-        label: Column of the right choice's number, from 0: integers, or strings of them.
+        label: Column of the right choice's number, from 0: integers, or strings of them; or a ``datasets.ClassLabel``
+            column, whatever its names.
         max_length: Tokens kept of a pair of context and choice.
         batch_size: Rows of a training batch on one process; it holds as many pairs for each choice.
         eval_batch_size: Rows of another batch; by default ``batch_size``.
@@ -256,7 +257,7 @@ def _texts(source: Source, column: str) -> pa.Array:
     import pyarrow as pa
 
     # Large: several columns of strings, or one repeated for each choice, may hold more than 2 GB.
-    return source.texts(column).combine_chunks().cast(pa.large_string())
+    return source.texts(column).cast(pa.large_string()).combine_chunks()
 
 
 def read_choice_labels(source: Source, column: str, count: int) -> Tensor:
@@ -264,7 +265,8 @@ def read_choice_labels(source: Source, column: str, count: int) -> Tensor:
 
     Args:
         source: The rows.
-        column: Its label column: integers from 0, or strings of them.
+        column: Its label column: integers from 0, or strings of them; of class numbers, which the source shows by their
+            names, the numbers count.
         count: Choices of each row.
 
     Raises:
@@ -280,12 +282,13 @@ def read_choice_labels(source: Source, column: str, count: int) -> Tensor:
             f"{source.where(0)}: column {column!r} must hold the number of the right choice, from 0, as an integer or "
             f"a string of it; got {values[0].as_py()!r} ({values.type})"
         )
-    known = pa.array([str(number) for number in range(count)])
-    numbers = pc.index_in(values.cast(pa.string()), value_set=known)
+    names = [*source.class_names.get(column, map(str, range(count)))][:count]
+    numbers = pc.index_in(values.cast(pa.string()), value_set=pa.array(names, pa.string()))
     if (row := first_true(numbers.is_null())) is not None:
         raise ValueError(
             f"{source.where(row)}: column {column!r} holds {values[row].as_py()!r}: a label is the number of the right "
             f"choice, from 0 to {count - 1}"
+            + (f" (by its name, one of {', '.join(map(repr, names))})" if column in source.class_names else "")
         )
     return torch.tensor(numbers.to_pylist())
 

@@ -91,6 +91,13 @@ def check_turns(turns: Any, *, learned: bool) -> list[dict[str, str]]:
     return checked
 
 
+def lacks_answer(turns: Any) -> bool:
+    """Whether an answer of a conversation is empty; what is wrong otherwise, `check_turns` says."""
+    said = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
+    answers = [turn.get("content") for turn in said if turn.get("role") == "assistant"]
+    return any(answer is None or (isinstance(answer, str) and not answer.strip()) for answer in answers)
+
+
 def render_chat(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], template: str | None
 ) -> list[str]:
@@ -113,17 +120,18 @@ def render_chat(
         return text
 
     ends = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    counts = [count for end in ends for count in (end, end + 1)]
+    if turns[-1]["role"] == "user":
+        counts.append(len(turns))
     try:
-        texts = [text for end in ends for text in (render(end, prompt=True), render(end + 1, prompt=False))]
-        if turns[-1]["role"] == "user":
-            texts.append(render(len(turns), prompt=True))
+        texts = [render(count, prompt=number % 2 == 0) for number, count in enumerate(counts)]
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation ({error})") from None
     for number, (before, after) in enumerate(pairwise(texts)):
         if not after.startswith(before):
             raise ValueError(
-                f"the chat template writes {before[-40:]!r} otherwise once turn {number // 2 * 2 + 1} follows, so that "
-                "the model would learn another text than it is asked: give such turns as rows of their own, or a "
+                f"the chat template writes {before[-40:]!r} otherwise once turn {counts[number + 1] - 1} follows, so "
+                "that the model would learn another text than it is asked: give such turns as rows of their own, or a "
                 "template that leaves earlier turns as they were"
             )
     return texts

@@ -33,7 +33,7 @@ class QuestionAnsweringData(TextData):
     A training batch is windows: ``input_ids``, ``attention_mask``, ``token_type_ids`` (where the tokenizer makes them),
     ``start_positions`` and ``end_positions``, the first and last token of the first answer, and ``row``, all
     ``(windows,)`` or ``(windows, width)``. A window that does not hold the whole answer is labelled with its CLS token
-    in both; the tokenizer's first token where it makes no CLS (GPT-2, Llama).
+    in both; where the tokenizer makes no CLS (GPT-2, Llama, T5), with the first token that is not the context's.
 
     Other batches hold all windows of their rows and in addition ``example`` ``(windows,)``, the row of the batch that a
     window belongs to; ``cls`` ``(windows,)``, the position that stands for no answer; ``char_starts`` and

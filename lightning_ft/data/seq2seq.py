@@ -130,8 +130,13 @@ class Seq2SeqData(TextData):
             raise ValueError("objective='span_corruption' makes targets of the texts: leave prefix and references out")
         if objective == "text_to_text" and source == target:
             raise ValueError(f"source and target must be different columns, got {source!r} for both")
-        if max_target_length < 2:
-            raise ValueError(f"max_target_length={max_target_length} must be 2 or more: a token and the end")
+        least, parts = (
+            (3, "a sentinel, a token and the end") if objective == "span_corruption" else (2, "a token and the end")
+        )
+        if max_target_length < least:
+            raise ValueError(f"max_target_length={max_target_length} must be {least} or more: {parts}")
+        if max_length < 2 and objective == "span_corruption":
+            raise ValueError(f"max_length={max_length} must be 2 or more: a sentinel and the end")
         self.source_column = source
         self.target = target
         self.references = references
@@ -253,6 +258,11 @@ class Seq2SeqData(TextData):
         texts = source.texts(self.target)
         if (row := first_true(pc.equal(pc.utf8_trim_whitespace(texts), ""))) is not None:
             raise ValueError(f"{source.where(row)}: column {self.target!r} is empty: give a target, or remove the row")
+
+        if (special := tokenizer.num_special_tokens_to_add()) >= longest:
+            raise ValueError(
+                f"max_target_length={longest} leaves no room for text beside {special} special tokens: raise it"
+            )
 
         def encode(batch: dict[str, list[str]]) -> dict[str, Any]:
             ids = tokenizer(text_target=batch["target"], return_attention_mask=False, verbose=False)["input_ids"]

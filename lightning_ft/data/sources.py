@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB = re.compile(r"hub://(?P<name>[^@:#]+)(?:@(?P<revision>[^:#]+))?(?::(?P<config>[^#]+))?#(?P<split>.+)")
+_LONGEST_CELL = 2**31 - 1  # the largest that every platform takes
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,14 @@ def first_true(mask: pa.ChunkedArray | pa.Array) -> int | None:
 
     index = pc.index(mask, True).as_py()
     return None if index < 0 else index
+
+
+def parse_number(text: str | None) -> float | None:
+    """The number that a text spells; None where it spells none."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -249,7 +258,7 @@ def _from_text(path: Path, columns: Sequence[str]) -> Source:
 
 
 def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[Any]]]:
-    for number, line in _text_lines(path):
+    for number, line in text_lines(path):
         if line.isspace():
             continue
         try:
@@ -268,18 +277,18 @@ def _jsonl_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[
 def _delimited_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     tabs = ".tsv" in path.suffixes
     rows = csv.reader(
-        (line for _, line in _text_lines(path)),
+        (line for _, line in text_lines(path)),
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
         strict=True,
     )
     start = 1
     try:
-        header = next(rows, [])
+        header = next(_whole_cells(rows), [])
         _require(str(path), columns, header)
         picks = [header.index(column) for column in columns]
         start = rows.line_num + 1
-        for row in rows:
+        for row in _whole_cells(rows):
             if row:
                 if len(row) != len(header):
                     raise ValueError(f"{path}, line {start}: {len(row)} fields, but the first line names {len(header)}")
@@ -289,7 +298,26 @@ def _delimited_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, l
         raise ValueError(f"{path}: the row that begins on line {start} cannot be read ({error})") from None
 
 
-def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _whole_cells(rows: Iterator[list[str]]) -> Iterator[list[str]]:
+    """The rows of a csv reader, whose cells may be long texts."""
+    while True:
+        # The limit, of 128 KiB, is one of the whole process: raised for a row at a time, others do not see it.
+        before = csv.field_size_limit(_LONGEST_CELL)
+        try:
+            row = next(rows, None)
+        finally:
+            csv.field_size_limit(before)
+        if row is None:
+            return
+        yield row
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 text, which may be compressed, with their numbers, from 1.
+
+    Raises:
+        ValueError: The file is damaged, or not UTF-8.
+    """
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

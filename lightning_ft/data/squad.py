@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ft.data.sources import Source, _text_lines, is_list
+from lightning_ft.data.sources import Source, is_list, text_lines
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -129,7 +129,7 @@ def read_squad(path: Path) -> Dataset:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist (from {Path.cwd()})")
     try:
-        content = json.loads("".join(line for _, line in _text_lines(path)))
+        content = json.loads("".join(line for _, line in text_lines(path)))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error}); rows that are one object a line belong in .jsonl") from None
     rows: list[dict[str, Any]] = []

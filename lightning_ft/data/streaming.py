@@ -42,7 +42,7 @@ def open_stream(source: str | Dataset | IterableDataset, column: str, shards: in
     Raises:
         FileNotFoundError: No such file.
         TypeError: A source of another type.
-        ValueError: An ending that is not read.
+        ValueError: An ending that is not read, or files of different kinds.
     """
     from datasets import Dataset, IterableDataset, load_dataset
 
@@ -59,13 +59,31 @@ def open_stream(source: str | Dataset | IterableDataset, column: str, shards: in
         return load_hub(str(source), streaming=True)
     if not (files := sorted(glob.glob(str(source), recursive=True))):
         raise FileNotFoundError(f"{source} does not exist (from {Path.cwd()})")
+    ending = _ending(files[0])
     for file in files:
-        if (ending := Path(file.removesuffix(".gz")).suffix) not in (*_TEXT, *_TABLES):
-            kinds = ", ".join((*_TEXT, *_TABLES))
-            raise ValueError(f"{file}: cannot stream {ending or 'a file without an ending'}; it can be {kinds}")
+        if (other := _ending(file)) != ending:
+            raise ValueError(
+                f"{source} is files of different kinds, {files[0]} ({ending}) and {file} ({other}): give a pattern "
+                "that matches one kind"
+            )
     if ending in _TEXT:
         return IterableDataset.from_generator(_rows, gen_kwargs={"files": files, "column": column})
     return load_dataset(ending[1:], data_files={"train": files}, split="train", streaming=True)
+
+
+def _ending(file: str) -> str:
+    """How a file ends, without ``.gz``, which texts alone may have.
+
+    Raises:
+        ValueError: It is none that is read.
+    """
+    packed = file.endswith(".gz")
+    ending = Path(file.removesuffix(".gz")).suffix
+    if ending not in (_TEXT if packed else (*_TEXT, *_TABLES)):
+        whole = f"{ending}.gz" if packed else ending or "a file without an ending"
+        kinds = ", ".join((*_TEXT, *(f"{text}.gz" for text in _TEXT), *_TABLES))
+        raise ValueError(f"{file}: cannot stream {whole}; it can be {kinds}")
+    return ending
 
 
 def _rows(files: Sequence[str], column: str) -> Iterator[dict[str, str]]:
@@ -277,7 +295,7 @@ class StreamLoader(DataLoader[Any]):
         self.generator.manual_seed(self.stream.seed + epoch)
         yield from itertools.islice(super().__iter__(), batch, None)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """The position (epoch and batch to train on next) and what the batches depend on.
 
         Raises:
@@ -286,7 +304,7 @@ class StreamLoader(DataLoader[Any]):
         epoch, batch = self._position()
         return {"epoch": epoch, "batch": batch, **self._identity()}
 
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, int | str]) -> None:
         """Check that the saved position means the same batches here.
 
         Raises:
@@ -300,9 +318,12 @@ class StreamLoader(DataLoader[Any]):
                 f"present: {changed}. Restore them, or start from the weights alone"
             )
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         stream = self.stream
         return {
+            "source": stream.name,
+            "column": stream.column,
+            **stream.cutter().identity(),
             "batch_size": stream.batch_size,
             "bucket": int(stream.bucket),
             "seed": stream.seed,

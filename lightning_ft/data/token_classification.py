@@ -1,4 +1,4 @@
-"""Data for tagging words: entities, parts of speech, any label for each word."""
+"""Data for finding entities: words with tags of the kind B-PER, or texts with labelled spans."""
 
 from __future__ import annotations
 

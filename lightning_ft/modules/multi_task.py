@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,7 +150,7 @@ class MultiTask(TransformerModule):
         for task, head in self.heads.items():
             head.trainer = self.trainer
             head.setup(stage)
-            if tasks is not None:
+            if tasks is not None and stage == "fit":  # predicting needs no training file to read labels from
                 _agree_on_labels(task, head, tasks[task])
 
     @override
@@ -243,6 +243,7 @@ class MultiTask(TransformerModule):
         if stored and (before := {task: each["class"] for task, each in stored.items()}) != now:
             raise ValueError(f"the checkpoint was trained with the heads {before}, and this module has {now}")
         for task, each in stored.items():
+            _take_labels(self.heads[task], each["arguments"].get("labels") or ())
             self.heads[task].on_load_checkpoint({KEY: each})
 
     @classmethod
@@ -308,18 +309,22 @@ def _check(heads: Mapping[str, TransformerModule], weights: Mapping[str, float])
         raise ValueError(f"heads {checkpointed} have gradient_checkpointing=True: give it to MultiTask")
 
 
-def _agree_on_labels(task: str, head: TransformerModule, data: Any) -> None:
-    """Give a head without names for its labels those of its data; refuse another number or order of them."""
-    labels, names = getattr(data, "labels", None), getattr(head, "labels", None)
-    if not labels or not names:
-        return
-    if names == [f"LABEL_{i}" for i in range(len(labels))]:
+def _take_labels(head: TransformerModule, labels: Sequence[str]) -> None:
+    """Name the labels of a head that has as many of them and no names."""
+    if getattr(head, "labels", None) == [f"LABEL_{i}" for i in range(len(labels))]:
         head._arguments["labels"] = head.labels = list(labels)  # type: ignore[assignment]
         head.model.config.id2label = dict(enumerate(labels))
         head.model.config.label2id = {name: i for i, name in enumerate(labels)}
-    elif len(names) != len(labels) or (set(names) == set(labels) and list(names) != list(labels)):
+
+
+def _agree_on_labels(task: str, head: TransformerModule, data: Any) -> None:
+    """Give a head without names for its labels those of its data; refuse another number or order of them."""
+    labels = getattr(data, "labels", None) or []
+    _take_labels(head, labels)
+    names: list[str] = getattr(head, "labels", None) or []
+    if labels and names and (len(names) != len(labels) or (set(names) == set(labels) and names != list(labels))):
         raise ValueError(
-            f"task {task!r}: its head has the labels {list(names)}, and its data {list(labels)}: give both the same "
+            f"task {task!r}: its head has the labels {names}, and its data {list(labels)}: give both the same "
             "labels=[...], in one order"
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ft.core.pattern import Pattern, around, encode_pattern, encode_prompt, parse_patterns
+from lightning_ft.core.pattern import Pattern, encode_pattern, encode_prompt, parse_patterns
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from tests.pretrained import CORPUS, Kind, tokenizer
 
@@ -115,12 +115,6 @@ def test_a_pattern_needs_room() -> None:
         encode_pattern(pattern, words, {"text": ["film"]}, 4, mask="[MASK]")
     [body] = encode_pattern(pattern, words, {"text": ["film story"]}, 5, mask="[MASK]")
     assert words.decode(body.ids) == "film it was [MASK]."
-
-
-def test_special_tokens_around_a_text() -> None:
-    assert around(tokenizer("bert")) == ([2], [3])
-    assert around(tokenizer("gpt2")) == ([], [])
-    assert around(tokenizer("t5")) == ([], [1])
 
 
 def test_words_are_seen_as_they_stand_in_the_gap() -> None:

@@ -1,4 +1,5 @@
 import ast
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -320,6 +321,74 @@ def test_faulty_rows_are_named_at_setup(minilm: str, tmp_path: Path) -> None:
         ClassificationData(minilm, rows(9), test=rows(9).remove_columns("label")).setup("test")
     with pytest.raises(ValueError, match="leaves no row to train or validate on"):
         ClassificationData(minilm, rows(9), val_fraction=0.01).setup("fit")
+
+
+LINE = '{"text": "fine", "label": "no"}\n'
+BAD: dict[str, tuple[str, bytes, type[Exception], str]] = {
+    "null text": (
+        "t.jsonl",
+        (LINE + '{"text": null, "label": "no"}\n').encode(),
+        ValueError,
+        r"t\.jsonl, line 2: column 'text' is null: give a text",
+    ),
+    "number for text": (
+        "t.jsonl",
+        b'{"text": 3, "label": "no"}\n',
+        TypeError,
+        r"t\.jsonl, line 1: column 'text' must hold text, got 3",
+    ),
+    "null label": (
+        "t.jsonl",
+        (LINE + '{"text": "a", "label": null}\n').encode(),
+        ValueError,
+        r"t\.jsonl, line 2: column 'label' holds None: every row needs a label",
+    ),
+    "empty label": (
+        "t.csv",
+        b"text,label\nfine,no\nfine,\n",
+        ValueError,
+        r"t\.csv, line 3: column 'label' holds '': a label must not be empty",
+    ),
+    "missing column": (
+        "t.jsonl",
+        (LINE + '{"txt": "a", "label": "no"}\n').encode(),
+        ValueError,
+        r"t\.jsonl, line 2 has no column 'text'",
+    ),
+    "empty file": ("t.jsonl", b"", ValueError, r"t\.jsonl has no rows"),
+    "header alone": ("t.csv", b"text,label\n", ValueError, r"t\.csv has no rows"),
+    "not JSON": ("t.jsonl", LINE.encode() + b"{text}\n", ValueError, r"t\.jsonl, line 2: not JSON"),
+    "not UTF-8": (
+        "t.jsonl",
+        LINE.encode() + b'{"text": "\xff", "label": "no"}\n',
+        ValueError,
+        r"t\.jsonl, line 2: not UTF-8",
+    ),
+    "cut gzip": (
+        "t.jsonl.gz",
+        gzip.compress(LINE.encode() * 3000)[:-30],
+        ValueError,
+        r"t\.jsonl\.gz: damaged after line \d+",
+    ),
+    "no gzip": ("t.jsonl.gz", LINE.encode(), ValueError, r"t\.jsonl\.gz: damaged after line 0 \(Not a gzipped"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "split"),
+    [
+        (fault, split)
+        for fault in BAD
+        for split in ("train", "val", "predict")
+        if (split, "label") != ("predict", fault[-5:])
+    ],
+)
+def test_faulty_tables_are_named(minilm: str, tmp_path: Path, fault: str, split: str) -> None:
+    name, content, kind, message = BAD[fault]
+    (tmp_path / name).write_bytes(content)
+    data = ClassificationData(minilm, **{"train": rows(9), split: str(tmp_path / name)}, labels=["no", "yes"])
+    with pytest.raises(kind, match=message):
+        data.setup({"train": "fit", "val": "fit", "predict": "predict"}[split])
 
 
 def test_rows_that_are_missing_are_named(minilm: str) -> None:

@@ -142,7 +142,7 @@ def test_resumes_at_any_batch_and_refuses_another_curriculum() -> None:
 def test_time_is_counted_in_optimiser_steps() -> None:
     """With 4 batches to a step, 100 batches are 25 steps; the last step of 101 batches has one."""
     made = sampler(Curriculum(until="2 epochs"), trainer(accumulate_grad_batches=4))
-    assert (made.steps_per_epoch, made.duration) == (25, 50)
+    assert (made.clock.steps_per_epoch, made.duration) == (25, 50)
     assert made.competence_at(3) == made.competence_at(0) < made.competence_at(4)
     made.set_epoch(1)
     assert made.competence_at(0) == competence(25, duration=50)

@@ -199,6 +199,61 @@ def test_over_long_rows(folder: str) -> None:
         InstructionData(folder, val=long, over_long="drop", **{**options, "max_length": 2}).setup("validate")
 
 
+def test_rows_without_an_answer_are_dropped_on_demand(folder: str) -> None:
+    given = Dataset.from_dict({"instruction": ["is", "say", "sing", "a"], "output": ["yes", " ", None, "no"]})
+    options: dict[str, Any] = {"input": None, "template": "{instruction}\n"}
+    data = InstructionData(folder, val=given, predict=given, empty_answers="drop", **options)
+    batch = only_batch(data)
+    assert sorted(batch["row"].tolist()) == [0, 3]
+    assert data.facts()["dropped, empty answer"] == {"val": 2}
+    assert "dropped, over max_length" not in data.facts()
+    assert only_batch(data, "predict")["row"].tolist() == [0, 1, 2, 3]
+    plain = only_batch(InstructionData(folder, val=given.select([0, 3]), **options))
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    assert torch.equal(batch["labels"], plain["labels"])
+    talks = [TALK, [*TALK[:2], {"role": "assistant", "content": ""}, *TALK[3:]], TALK]
+    chats = InstructionData(
+        folder, Dataset.from_dict({"messages": talks}), messages="messages", template=CHAT, empty_answers="drop"
+    )
+    chats.setup("fit")
+    assert chats.need("train").rows.tolist() == [0, 2]
+    assert chats.describe().facts["dropped, empty answer"] == {"train": 1}
+    with pytest.raises(ValueError, match="every row of val is left out: 1 have an empty answer, and 0 are longer than"):
+        InstructionData(folder, val=given.select([1]), empty_answers="drop", **options).setup("validate")
+    # A row that is wrong otherwise is not left out.
+    with pytest.raises(ValueError, match=r"row 0 \(from 0\): column 'messages': must be a list"):
+        InstructionData(
+            folder,
+            Dataset.from_dict({"messages": [None, TALK]}),
+            messages="messages",
+            template=CHAT,
+            empty_answers="drop",
+        ).setup("fit")
+
+
+@pytest.mark.parametrize("split", ["val", "predict"])
+@pytest.mark.parametrize("begins", [False, True])
+def test_prompts_without_a_token_are_named(folder: str, split: str, begins: bool, tmp_path: Path) -> None:
+    if begins:  # with a token before each text the prompt is empty all the same
+        tiny_tokenizer("roberta").save_pretrained(tmp_path)
+        folder = str(tmp_path)
+    given = Dataset.from_dict({"instruction": ["is", "", "sing"], "output": ["yes", "no", "a"]})
+    data = InstructionData(folder, **{split: given}, input=None, template="{instruction}")
+    with pytest.raises(ValueError, match=r"row 1 \(from 0\): the tokenizer makes no token of the prompt"):
+        data.setup({"val": "validate"}.get(split, split))
+
+
+def test_the_turn_that_changes_earlier_ones_is_named(folder: str) -> None:
+    """The template forgets an answer as soon as the next turn, the user's, follows."""
+    thinking = CHAT.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] != 'assistant' or loop.last else '' }}")
+    # It writes the system's turn otherwise when there is an answer.
+    late = "{{ '!' if messages[-1].role == 'assistant' }}" + CHAT
+    for turns, template, number in ((TALK, thinking, 3), (TALK[1:], thinking, 2), (TALK, late, 2), (TALK[1:], late, 1)):
+        given = Dataset.from_dict({"messages": [turns]})
+        with pytest.raises(ValueError, match=f"otherwise once turn {number} follows"):
+            InstructionData(folder, given, messages="messages", template=template).setup("fit")
+
+
 def test_dropped_rows_and_a_validation_share(folder: str) -> None:
     train = Dataset.from_dict(
         {"instruction": ["is"] * 20, "output": ["no " * (1 + 20 * (i % 4 == 0)) for i in range(20)]}
@@ -261,13 +316,28 @@ def test_packing_is_for_training_and_ranks_come_from_the_trainer(folder: str) ->
 
 
 def test_settings_decide_what_is_found_on_the_disk(folder: str, tmp_path: Path) -> None:
+    # Prompts of 105 tokens with answers of 4 and 9, and a second column of inputs.
+    given = rows(4).add_column("other", ["people"] * 4).select([0, 3])
     texts = []
-    for number, options in enumerate([{}, {"template": "{instruction} {input}\n"}, {"mask_prompt": False}, {}]):
-        template = CHAT if number == 3 else None
-        path = save(tmp_path / str(number), chat_template=template)
-        batch = only_batch(InstructionData(path, val=rows(3), **options))
-        texts.append((batch["input_ids"].tolist(), batch["labels"].tolist()))
-    assert all(texts[i] != texts[j] for i in range(4) for j in range(i))
+    settings: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"template": "{instruction} {input}\n"}, {}),
+        ({"mask_prompt": False}, {}),
+        ({}, {"chat_template": CHAT}),
+        ({}, {"eos_token": "a", "pad_token": "b"}),
+        ({"input": "other"}, {}),
+        ({"input": None, "template": "{instruction}\n"}, {}),
+        ({"output": "other"}, {}),
+        ({"max_length": 110}, {}),
+        ({"max_length": 110, "over_long": "drop"}, {}),
+        ({"max_length": 111}, {}),
+    ]
+    for number, (options, changes) in enumerate(settings):
+        path = save(tmp_path / str(number), **{"chat_template": None, **changes})
+        batch = only_batch(InstructionData(path, val=given, **options))
+        texts.append((batch["row"].tolist(), batch["input_ids"].tolist(), batch["labels"].tolist()))
+    for i in range(len(texts)):
+        assert texts[i] not in texts[:i], settings[i]
 
 
 @pytest.mark.parametrize(
@@ -284,6 +354,7 @@ def test_settings_decide_what_is_found_on_the_disk(folder: str, tmp_path: Path) 
         ),
         ({"messages": "talk", "template": "{instruction}"}, "must be a chat template in Jinja"),
         ({"over_long": "cut"}, r"over_long must be one of \('truncate', 'drop', 'error'\), got 'cut'"),
+        ({"empty_answers": "keep"}, r"empty_answers must be one of \('error', 'drop'\), got 'keep'"),
         ({"input": "output"}, "must be different columns, got 'instruction', 'output', 'output'"),
         ({"packing": True, "curriculum": object()}, "curriculum orders rows, and packing their packs"),
     ],

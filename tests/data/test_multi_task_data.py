@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_ft.data import ClassificationData, LengthBucketSampler
-from lightning_ft.data.curriculum import Curriculum
+from lightning_ft.data.curriculum import Curriculum, CurriculumSampler, competence
 from lightning_ft.data.multi_task import MultiTaskData, TaskPositions, TaskSampler, mixing_shares
 from lightning_ft.data.multiple_choice import MultipleChoiceData
+from tests.data.test_classification_data import BAD
 from tests.data.test_curriculum import rows
 from tests.data.test_multiple_choice_data import rows as choice_rows
 from tests.pretrained import tokenizer
@@ -204,5 +208,83 @@ def test_bad_tasks(bert: str) -> None:
         {"a": ClassificationData(bert, rows(4)), "b": ClassificationData(bert, val=rows(4), labels=["0", "1"])}
     )
     made.setup("fit")
-    with pytest.raises(ValueError, match=r"train rows are needed: give train="):
+    with pytest.raises(ValueError, match=r"^task 'b': train rows are needed: give train="):
         made.train_dataloader()
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_faulty_tables_are_named_with_their_task(fault: str, bert: str, tmp_path: Path) -> None:
+    name, content, kind, message = BAD[fault]
+    (tmp_path / name).write_bytes(content)
+    poor = ClassificationData(bert, str(tmp_path / name), labels=["no", "yes"])
+    tasks = {"good": ClassificationData(bert, rows(9)), "poor": poor}
+    with pytest.raises(kind, match=f"^task 'poor': .*{message}") as caught:
+        MultiTaskData(tasks).setup("fit")
+    assert caught.value.__cause__ is not None
+    if not fault.endswith("label"):  # which are read later
+        with pytest.raises(kind, match=f"^task 'poor': .*{message}"):
+            MultiTaskData(tasks).prepare_data()
+
+
+def test_other_faults_are_named_with_their_task(bert: str) -> None:
+    good = ClassificationData(bert, rows(9))
+    made = MultiTaskData({"good": good, "poor": ClassificationData(bert, "gone.jsonl")})
+    with pytest.raises(FileNotFoundError, match=r"^task 'poor': gone\.jsonl does not exist"):
+        made.setup("fit")
+    with pytest.raises(RuntimeError, match=r"^task 'a': there is nothing to describe before setup"):
+        MultiTaskData({"a": ClassificationData(bert, rows(9))}).describe()
+    odd = ClassificationData(bert, rows(9))
+    odd.setup = lambda stage: b"\xff".decode()  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(ValueError, match=r"^task 'poor': 'utf-8' codec can't decode"):
+        MultiTaskData({"good": good, "poor": odd}).setup("fit")
+
+
+def curricula(until: str | float, temperature: float = 1.0, **options: Any) -> TaskSampler:
+    """Tasks of 10 and 30 batches; the smaller one has a curriculum."""
+    defaults = {"accumulate_grad_batches": 4, "limit_train_batches": 1.0, "max_epochs": 5, "max_steps": -1}
+    trainer: Any = SimpleNamespace(**{**defaults, **options})
+    inner = {
+        "a": CurriculumSampler(
+            torch.arange(1, 41), 4, difficulty=torch.arange(40), curriculum=Curriculum(until=until), trainer=trainer
+        ),
+        "b": LengthBucketSampler(torch.arange(1, 121), 4),
+    }
+    return TaskSampler(inner, temperature=temperature, cap=None, seed=0, trainer=trainer)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e9, 0.5])
+def test_a_curriculum_counts_the_steps_of_the_whole_training(temperature: float) -> None:
+    """Forty batches an epoch, four of them a step: rows of the pool of the step at hand, wherever the batch stands."""
+    made = curricula("30 steps", temperature)
+    sizes = []
+    for number in range(4):
+        for place, (task, positions) in enumerate(epoch(made, number)):
+            if task == "a" and number * 10 + place // 4 < 30:
+                pool = max(math.ceil(competence(number * 10 + place // 4, duration=30) * 40 - 1e-9), 4)
+                assert max(positions) < pool, (number, place)
+                sizes.append(max(positions) - pool)
+    assert max(sizes) == -1  # the pools are used up to their end
+    assert len(set(sizes)) > 1
+
+
+def test_a_curriculum_lasts_as_long_as_the_training_says() -> None:
+    durations = {until: curricula(until).samplers["a"].duration for until in ("7 steps", "2 epochs", 0.5)}  # type: ignore[attr-defined]
+    assert durations == {"7 steps": 7, "2 epochs": 20, 0.5: 25}
+    assert curricula("2 epochs", limit_train_batches=12).samplers["a"].duration == 6  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"until=0\.5 is a fraction of a training that has no end"):
+        curricula(0.5, max_epochs=-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e9, 0.5])
+def test_a_curriculum_resumes_at_any_batch(temperature: float) -> None:
+    # A batch a step: a place that is one off gives another pool.
+    made = partial(curricula, temperature=temperature, accumulate_grad_batches=1)
+    whole = [batch for number in range(4) for batch in epoch(made("120 steps"), number)]
+    one = made("120 steps")
+    assert [batch for number in range(4) for batch in epoch(one, number)] == whole
+    for number, first in ((0, 7), (2, 0), (2, 33), (3, 39)):
+        other = made("120 steps")
+        other.resume_at(number, first)
+        found = [(batch.task, list(batch)) for batch in other]  # type: ignore[attr-defined]
+        assert found == whole[number * 40 + first : number * 40 + 40]
+    assert one.identity() != made("121 steps").identity()

@@ -70,7 +70,7 @@ def test_only_the_context_is_cut(bert: str) -> None:
     data = MultipleChoiceData(bert, Dataset.from_dict({**table, "label": ["1", "0"]}), max_length=12, batch_size=2)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    assert batch["labels"].tolist() == [1, 0] if batch["row"][0] == 0 else [0, 1]
+    assert batch["labels"].tolist() == ([1, 0] if batch["row"][0] == 0 else [0, 1])
     first = batch["row"].tolist().index(0)
     for ids, choice in zip(batch["input_ids"][first], table["choices"][0], strict=True):
         ids = ids[ids != words.pad_token_id].tolist()
@@ -146,6 +146,30 @@ def test_lists_of_fixed_size_and_slices(bert: str) -> None:
         for batch in data.val_dataloader():
             assert batch["labels"].tolist() == [table[row]["label"] for row in batch["row"].tolist()]
             assert batch["input_ids"].shape[:2] == (6, 2)
+
+
+def test_labels_with_names_count_by_their_order(bert: str) -> None:
+    """The hub's COPA names its classes "choice1" and "choice2"; the names of others may even be other digits."""
+    table = {"premise": ["the film", "a story"] * 2, "choice1": ["is dull"] * 4, "choice2": ["sing"] * 4}
+    for names in (["choice1", "choice2"], ["B", "A"], ["1", "2"], ["1", "0"]):
+        features = Features({**dict.fromkeys(table, Value("string")), "label": ClassLabel(names=names)})
+        given = Dataset.from_dict({**table, "label": [0, 1, 1, 0]}, features)
+        data = MultipleChoiceData(bert, val=given, context="premise", choices=["choice1", "choice2"])
+        data.setup("validate")
+        [batch] = data.val_dataloader()
+        assert batch["labels"].tolist() == [[0, 1, 1, 0][row] for row in batch["row"]], names
+    for names, labels, message in (
+        (
+            ["choice1", "choice2"],
+            [0, -1],
+            r"row 1 \(from 0\): .*holds None: .*by its name, one of 'choice1', 'choice2'",
+        ),
+        (["a", "b", "c"], [0, 2], r"row 1 \(from 0\): .*holds 'c': .*from 0 to 1 \(by its name, one of 'a', 'b'\)"),
+    ):
+        features = Features({**dict.fromkeys(table, Value("string")), "label": ClassLabel(names=names)})
+        few = Dataset.from_dict({**{name: values[:2] for name, values in table.items()}, "label": labels}, features)
+        with pytest.raises(ValueError, match=message):
+            MultipleChoiceData(bert, val=few, context="premise", choices=["choice1", "choice2"]).setup("validate")
 
 
 def jsonl(*changes: dict[str, Any]) -> str:

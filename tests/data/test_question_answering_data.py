@@ -129,7 +129,12 @@ def test_every_kind_of_tokenizer(kind: Kind, context_first: bool, tmp_path: Path
     assert batch["attention_mask"][:, 0].all()
     special = made.cls_token_id
     cls = batch["input_ids"].gather(1, batch["cls"][:, None]).squeeze(1)
-    assert (cls == special).all() if special is not None else (batch["cls"] == 0).all()
+    if special is not None:
+        assert (cls == special).all()
+    else:  # the first token that is not the context's
+        places = torch.arange(width)
+        last = torch.where(batch["char_ends"] > 0, places, -1).amax(1)
+        assert ((batch["cls"] > last) if context_first else (batch["cls"] == 0)).all()
     for w, at in enumerate(batch["example"].tolist()):
         text, starts, ends = batch["context"][at], batch["char_starts"][w], batch["char_ends"][w]
         assert ((starts == 0) & (ends == 0) | (starts < ends)).all()
@@ -152,6 +157,22 @@ def test_every_kind_of_tokenizer(kind: Kind, context_first: bool, tmp_path: Path
     facts = data.describe().facts
     assert (facts["training questions"], facts["without an answer"]) == (2, 1)
     assert facts["whose answer is longer than fits a window"] == 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("context_first", [False, True])
+def test_an_answer_at_the_first_character_is_an_answer(kind: Kind, context_first: bool, tmp_path: Path) -> None:
+    tokenizer(kind).save_pretrained(tmp_path)
+    bare = {"context": CONTEXT.strip()}
+    rows = Dataset.from_list(
+        [{**ROW, **bare, "answers": {"text": ["The film"], "answer_start": [0]}}, {**NONE, **bare}]
+    )
+    data = QuestionAnsweringData(str(tmp_path), rows, max_length=128, stride=9, context_first=context_first)
+    data.setup("fit")
+    [batch] = data.train_dataloader()
+    cls = torch.tensor(data.need("train").tokens.with_format(None)["cls"])[batch["row"]]
+    assert ((batch["start_positions"] == cls) == (batch["row"] == 1)).all()
+    assert ((batch["end_positions"] == cls) == (batch["row"] == 1)).all()
 
 
 def test_cls_at_the_end(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from lightning_ft.data import LengthBucketSampler, padding_waste
+from lightning_ft.data.multi_task import TaskSampler
+from lightning_ft.data.packing import PackSampler
 
 
 def lengths_of(seed: int, rows: int, longest: int = 60) -> torch.Tensor:
@@ -136,6 +138,20 @@ def test_resume_at_begins_one_iteration_in_the_middle() -> None:
 def test_refusals(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LengthBucketSampler(**arguments)
+
+
+def test_the_order_of_the_lengths_is_part_of_the_identity() -> None:
+    lengths = torch.tensor([5, 9, 1, 7])
+    whole = LengthBucketSampler(lengths, 2).identity()
+    assert whole == LengthBucketSampler(lengths.tolist(), 2).identity()
+    assert whole != LengthBucketSampler(lengths.flip(0), 2).identity()
+    assert whole != LengthBucketSampler([5, 9, 2, 6], 2).identity()
+    assert PackSampler(lengths, 2, 10).identity() != PackSampler(lengths.flip(0), 2, 10).identity()
+    tasks = [
+        TaskSampler({"a": LengthBucketSampler(given, 2)}, temperature=1.0, cap=None, seed=0).identity()
+        for given in (lengths, lengths.flip(0))
+    ]
+    assert tasks[0] != tasks[1]
 
 
 def test_negative_position_is_refused() -> None:

@@ -65,8 +65,12 @@ def test_batches_equal_the_tokenizers_own(t5: str, real_data: Path, prefix: str)
     assert facts["max_target_length"] == 30
 
 
-def test_targets_are_padded_on_the_right_also_where_sources_are_not(t5: str, tmp_path: Path) -> None:
-    hf.AutoTokenizer.from_pretrained(t5, padding_side="left").save_pretrained(tmp_path)
+def test_targets_are_padded_on_the_right_also_where_sources_are_not(
+    t5: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = hf.AutoTokenizer.from_pretrained(t5)
+    words.save_pretrained(tmp_path)
+    monkeypatch.setattr(type(words), "padding_side", "left")
     [batch] = batches(Seq2SeqData(str(tmp_path), rows(6), batch_size=6, pad_to_multiple_of=8))
     assert batch["input_ids"].shape[1] % 8 == batch["labels"].shape[1] % 8 == 0
     assert (batch["attention_mask"][:, -1] == 1).all()
@@ -223,13 +227,24 @@ def test_a_short_target_length_shortens_the_pieces(t5: str) -> None:
 # ---- what is refused
 
 
+CORRUPT: dict[str, Any] = {"objective": "span_corruption"}
+
+
+def test_the_shortest_lengths_of_span_corruption(t5: str) -> None:
+    data = Seq2SeqData(t5, rows(2), max_length=2, max_target_length=3, **CORRUPT)
+    for batch in batches(data):
+        assert (batch["input_ids"].shape[1], batch["labels"].shape[1]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"objective": "masks"}, r"objective must be one of \('text_to_text', 'span_corruption'\), got 'masks'"),
         ({"objective": "span_corruption", "prefix": "x: "}, "leave prefix and references out"),
         ({"target": "source"}, "source and target must be different columns, got 'source' for both"),
-        ({"max_target_length": 1}, "max_target_length=1 must be 2 or more"),
+        ({"max_target_length": 1}, "max_target_length=1 must be 2 or more: a token and the end"),
+        ({"max_target_length": 2, **CORRUPT}, "max_target_length=2 must be 3 or more: a sentinel, a token and the end"),
+        ({"max_length": 1, **CORRUPT}, "max_length=1 must be 2 or more: a sentinel and the end"),
     ],
 )
 def test_contradicting_arguments_are_refused(options: dict[str, Any], message: str) -> None:

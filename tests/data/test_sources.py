@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 import time
@@ -9,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 
 from lightning_ft.data import read_source
+from lightning_ft.data.sources import text_rows
 
 ROWS = [{"text": "123", "label": 1}, {"text": 'say "hä"', "label": 0}, {"text": "", "label": 1}]
 TEXTS = [row["text"] for row in ROWS]
@@ -119,6 +121,24 @@ def test_lines_are_counted_over_blank_lines_and_quoted_line_ends(tmp_path: Path)
 def test_faults_of_files_are_named(tmp_path: Path, name: str, content: str | bytes, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         read_source(write(tmp_path / name, content), ["text", "label"])
+
+
+@pytest.mark.parametrize("quote", ['"', ""])
+def test_long_cells_are_read_and_the_limit_of_others_stays(tmp_path: Path, quote: str) -> None:
+    long = "a film " * 40_000
+    name, separator = ("a.csv", ",") if quote else ("a.tsv", "\t")
+    path = write(tmp_path / name, f"text{separator}label\n{quote}{long}{quote}{separator}1\nb{separator}0\n")
+    before = csv.field_size_limit()
+    rows = text_rows(Path(path), ["text", "label"])
+    assert next(rows) == (2, [long, "1"])
+    assert csv.field_size_limit() == before
+    assert list(rows) == [(3, ["b", "0"])]
+    assert read_source(path, ["text"]).texts("text").to_pylist() == [long, "b"]
+    broken = write(tmp_path / f"broken_{name}", f'text{separator}label\nx{separator}"1\n' * 2)
+    if quote:
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_source(broken, ["text"])
+    assert csv.field_size_limit() == before
 
 
 def test_faults_of_texts_are_named(tmp_path: Path) -> None:

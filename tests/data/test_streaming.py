@@ -245,6 +245,13 @@ def test_describe_says_that_train_is_streamed(bert: str, files: str) -> None:
     data.setup("fit")
     report = data.describe()
     assert (report.facts["train"], [row["split"] for row in report.rows]) == ("streamed", ["val"])
+    alone = stream(bert, files)
+    with pytest.raises(RuntimeError, match=r"before setup\(\): call it first"):
+        alone.describe()
+    alone.setup("fit")
+    report = alone.describe()
+    assert (report.facts["train"], report.rows) == ("streamed", [])
+    assert "streamed" in str(report)
 
 
 def test_kinds_of_sources(bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +281,9 @@ BAD: list[tuple[str, bytes, str]] = [
     ("a.jsonl", b"", r"a\.jsonl: process 0, worker 0 found no text in column 'text'"),
     ("a.jsonl.gz", gzip.compress(lines(3000))[:-60], r"a\.jsonl\.gz: damaged after line \d+"),
     ("a.parquet", b"PAR1 is not enough", r"parquet"),
-    ("a.txt", b"a", r"a\.txt: cannot stream \.txt; it can be \.jsonl, \.csv, \.tsv, \.parquet, \.arrow"),
+    ("a.txt", b"a", r"a\.txt: cannot stream \.txt; it can be \.jsonl, \.csv, \.tsv, \.jsonl\.gz, .*, \.arrow"),
+    ("a.parquet.gz", b"a", r"a\.parquet\.gz: cannot stream \.parquet\.gz; it can be"),
+    ("a", b"a", r"a: cannot stream a file without an ending"),
 ]
 
 
@@ -283,6 +292,40 @@ def test_faulty_streams_are_named(bert: str, tmp_path: Path, name: str, content:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         first_turn(batches(stream(bert, str(tmp_path / name), shuffle_buffer=1)))
+
+
+def test_files_of_different_kinds_are_refused(bert: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(3))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines(3)))
+    pattern = str(tmp_path / "*")
+    assert len(list(open_stream(pattern, "text"))) == 6  # packed or not
+    Dataset.from_dict({"text": texts(3)}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"\* is files of different kinds, .*a\.jsonl \(\.jsonl\) and .*a\.parquet \("):
+        open_stream(pattern, "text")
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_what_decides_the_batches_of_a_stream_is_refused_when_changed(bert: str, files: str, tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Record, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    (tmp_path / "other.jsonl").write_bytes(lines(200))
+    two = Dataset.from_dict({"text": texts(90), "other": texts(90)})
+    options: dict[str, Any] = {"max_epochs": 1, "limit_train_batches": 4}
+    for source, changes in (
+        (files, {"train": str(tmp_path / "other.jsonl")}),
+        (files, {"max_length": 17}),
+        (files, {"rows": "documents"}),
+        (files, {"whole_words": True}),
+        (two, {"text": "other"}),
+    ):
+        fit(stream(bert, source), Save(), **options)
+        changed = {"train": source, **changes}
+        with pytest.raises(ValueError, match="at batch 2 of a stream with other settings"):
+            fit(stream(bert, changed.pop("train"), **changed), ckpt_path=tmp_path / "a.ckpt", **options)
+        fit(stream(bert, source), ckpt_path=tmp_path / "a.ckpt", **options)
 
 
 def test_what_is_no_stream_is_refused(bert: str, tmp_path: Path) -> None:

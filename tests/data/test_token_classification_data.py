@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers import models, pre_tokenizers, processors, trainers
 
 from lightning_ft.core.report import Report
-from lightning_ft.data.curriculum import Curriculum
+from lightning_ft.data.curriculum import Curriculum, competence
 from lightning_ft.data.tags import complete_labels
 from lightning_ft.data.token_classification import TokenClassificationData
 from tests.pretrained import CORPUS, Kind, tokenizer
@@ -494,7 +496,21 @@ def test_curriculum_over_windows(difficulty: str, minilm: str) -> None:
         minilm, table, labels=["O", "B-X"], max_length=16, batch_size=2, curriculum=curriculum
     )
     data.setup("fit")
-    first = next(iter(data.train_dataloader()))
-    if difficulty == "grade":
-        assert int(first["row"].max()) < 6
+    loader = data.train_dataloader()
+    windows = data.need("train")
+    # Of each window: its tokens, their surprise, or its row's grade.
+    ids = windows.windows.tokens.with_format(None)["input_ids"]
+    counts = Counter(token for row in ids for token in row)
+    hard = {
+        "length": [len(row) for row in ids],
+        "rarity": [-sum(math.log(counts[token] / counts.total()) for token in row) for row in ids],
+        "grade": windows.rows.tolist(),
+    }[difficulty]
+    drawn = [loader.sampler.pool(batch).tolist() for batch in (0, 10)]
+    for pool, share in zip(drawn, (0.2, competence(10, duration=50, start=0.2)), strict=True):
+        assert len(pool) == max(math.ceil(share * len(ids)), 2)
+        others = [hard[window] for window in range(len(ids)) if window not in pool]
+        assert max(hard[window] for window in pool) <= min(others) + 1e-9
+    first = next(iter(loader))
+    assert set(first["row"].tolist()) <= {int(windows.rows[window]) for window in drawn[0]}
     assert first["labels"].shape == first["input_ids"].shape
