@@ -52,9 +52,10 @@ def shorter_twin(owner: Any, path: str, kept: Sequence[int]) -> nn.Module:
                 if fewer is not None:
                     twin, cut = fewer, cut - {entry}
             return twin
+    remedy = "" if 0 in kept else "; keep block 0, which often holds what the others use"
     raise ValueError(
         f"a {type(owner).__name__} cannot be saved without these blocks: no setting of its configuration that equals "
-        f"{count} gives the others ({'; '.join(dict.fromkeys(reasons)) or 'there is none'})"
+        f"{count} gives the others ({'; '.join(dict.fromkeys(reasons)) or 'there is none'}){remedy}"
     )
 
 
@@ -121,9 +122,9 @@ def _difference(block: nn.Module, other: nn.Module, varying: dict[tuple[str, str
         changed = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         return f"differs in {', '.join(changed[:4])}"
     for (name, key), offset in varying.items():
-        value = vars(block.get_submodule(name)).get(key) if offset is None else place + offset
-        rebuilt = vars(other.get_submodule(name)).get(key)
-        if value != rebuilt:
+        value, rebuilt = (vars(b.get_submodule(name)).get(key) for b in (block, other))
+        # Widths such as 4, 5, 6 count the blocks by accident: then they are right as they are.
+        if value != rebuilt and (offset is None or rebuilt != place + offset):
             return f"has {f'{name}.{key}'.strip('.')}={value!r}, and would be rebuilt with {rebuilt!r}"
     return ""
 
@@ -137,7 +138,7 @@ def depth_settings(blocks: Sequence[nn.Module]) -> dict[tuple[str, str], int | N
     """Settings (submodule, attribute) that differ between blocks; with an offset where they count the blocks.
 
     A setting counts the blocks if it is the block's index plus one offset in all of them: ``layer_idx``, under which
-    attention finds its part of the cache.
+    attention finds its part of the cache. Sizes that torch's own layers hold do not.
     """
     values: dict[tuple[str, str], dict[int, Any]] = {}
     for index, block in enumerate(blocks):
@@ -147,7 +148,8 @@ def depth_settings(blocks: Sequence[nn.Module]) -> dict[tuple[str, str], int | N
                     values.setdefault((name, key), {})[index] = value
     found: dict[tuple[str, str], int | None] = {}
     for place, by_block in values.items():
-        everywhere = len(by_block) == len(blocks) > 1
+        torchs_own = type(blocks[min(by_block)].get_submodule(place[0])).__module__.startswith("torch.")
+        everywhere = len(by_block) == len(blocks) > 1 and not torchs_own
         if everywhere and all(type(v) is int and v - i == by_block[0] for i, v in by_block.items()):
             found[place] = by_block[0]
         elif any(value != next(iter(by_block.values())) for value in by_block.values()):

@@ -149,13 +149,11 @@ def _mark(module: nn.Module, name: str, path: str, facts: dict[str, Any]) -> Non
 
 def _stacks(module: nn.Module, stack: str | None, layers: Layers) -> dict[str, str]:
     """Name of each chosen stack, and the path of its list."""
-    found: dict[str, str] = {}
+    stacks: dict[str, str] = {}
     for group, paths in layers.block_paths(module).items():
         for path in paths:
-            name = group.rpartition(".")[0]
-            above = path.rpartition(".")[0]
-            found.setdefault(above, name if len(paths) == 1 else f"{name}@{above}")
-    stacks = {name: path for path, name in found.items()}
+            name, above = group.rpartition(".")[0], path.rpartition(".")[0]
+            stacks.setdefault(name if len(paths) == 1 else f"{name}@{above}", above)
     if (stack is None and len(stacks) > 1) or stack not in (None, "all"):
         chosen = {n: p for n, p in stacks.items() if stack in (n, p, n.removesuffix(".block"))}
         if not chosen:
@@ -177,7 +175,8 @@ class _Plan:
 
     def apply(self, module: nn.Module) -> None:
         blocks, (top, owner) = module.get_submodule(self.path), _owner(module, self.path)
-        counted = depth_settings(list(blocks.children()))
+        inner = _below(top, self.path)
+        settings = depth_settings(list(blocks.children()))
         runs = [] if self.twin is not None else _running(module, self.path)
         originals = dict(blocks._modules)
         _keep(blocks, self.kept)
@@ -188,12 +187,14 @@ class _Plan:
                 f"{type(module.get_submodule(broken[0][0])).__name__}.forward does not run without the blocks "
                 f"{self.dropped} of {self.path}: {broken[0][1]!r}; let it loop over the list as it is"
             )
-        for place, block in enumerate(blocks.children()):
-            for (name, key), offset in counted.items():
+        twins = [None] * len(self.kept) if self.twin is None else list(self.twin.get_submodule(inner).children())
+        for place, (block, twin) in enumerate(zip(blocks.children(), twins, strict=True)):
+            for (name, key), offset in settings.items():
                 if offset is not None:
-                    setattr(block.get_submodule(name), key, place + offset)
+                    number = place + offset if twin is None else vars(twin.get_submodule(name))[key]
+                    setattr(block.get_submodule(name), key, number)
         if self.twin is not None:
-            sync(owner, self.twin, _below(top, self.path), self.count)
+            sync(owner, self.twin, inner, self.count)
 
 
 def _plan(module: nn.Module, path: str, drop: str | Sequence[int]) -> _Plan:
