@@ -132,7 +132,7 @@ def test_a_checkpoint_of_ours_is_rebuilt_short_and_goes_on(tmp_path: Path) -> No
     data = torch.utils.data.DataLoader(rows, batch_size=4)
     module = head()
     trainer = FILTERED.trainer([LayerRemoval("alternate")], max_epochs=1)
-    trainer.fit(module, data)
+    trainer.fit(module, data, data)
     trainer.save_checkpoint(tmp_path / "short.ckpt")
     module.save_pretrained(tmp_path / "folder")
     ids = torch.stack([row["input_ids"] for row in rows])
@@ -141,10 +141,11 @@ def test_a_checkpoint_of_ours_is_rebuilt_short_and_goes_on(tmp_path: Path) -> No
     rebuilt = load_checkpoint(tmp_path / "short.ckpt")
     assert (rebuilt.model.config.num_hidden_layers, depth(rebuilt)) == (2, 2)
     assert torch.equal(rebuilt.eval()({"input_ids": ids}), logits)
+    rebuilt.train()
     # Short already: the callback must not shorten it again, to resume or to begin anew; a full one is shortened.
     for start, checkpoint in ((rebuilt, "short.ckpt"), (head(), "short.ckpt"), (head(tmp_path / "folder"), None)):
         trainer = FILTERED.trainer([LayerRemoval("alternate")], max_epochs=2)
-        trainer.fit(start, data, ckpt_path=checkpoint and tmp_path / checkpoint)
+        trainer.fit(start, data, data, ckpt_path=checkpoint and tmp_path / checkpoint)
         assert (start.model.config.num_hidden_layers, depth(start)) == (2, 2)
         assert trainer.global_step == 4
 
