@@ -90,7 +90,7 @@ def layers_to_drop(drop: str | Sequence[int], count: int) -> list[int]:
 
     Example:
         >>> [layers_to_drop(drop, 6) for drop in ("top:2", "bottom:1", "alternate", "symmetric", [3, 1])]
-        [[4, 5], [0], [1, 3, 5], [1, 2, 4], [1, 3]]
+        [[4, 5], [0], [1, 3, 5], [2, 3, 4], [1, 3]]
     """
     if isinstance(drop, str):
         word, number = parse_drop(drop)

@@ -181,7 +181,10 @@ def _refuse_shared(module: nn.Module, targets: dict[str, str]) -> None:
         above, _, name = path.rpartition(".")
         if name != "0" or len(module.get_submodule(above)._modules) > 1:
             continue
-        depth = max((model.config.num_hidden_layers for _, model in hf_models(module, path)), default=1)
+        configs = [model.config for _, model in hf_models(module, path)]
+        # A decoder may have one block of its own where the encoder has many.
+        alone = [c for c in configs if not getattr(c, "is_encoder_decoder", False)]
+        depth = max((getattr(config, "num_hidden_layers", 1) for config in alone), default=1)
         if depth > 1:
             raise ValueError(
                 f"{path} is the one block that all {depth} layers share: to draw it anew is to begin from nothing. "

@@ -17,7 +17,7 @@ from lightning_ft.core import LayerGroups, Layers
 from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.functional.reinit import reinit_layers, reinit_targets
 from tests.strangers import Encoder, Filtered, weights
-from tests.tiny import BERT, SEQ2SEQ, TINY, tiny
+from tests.tiny import BART, BERT, GPT2, SEQ2SEQ, T5, TINY, tiny
 
 MODELS = [name for name in TINY if name != "albert"]
 HAS_POOLER = {"bert"}
@@ -277,6 +277,21 @@ def test_refuses_the_shared_block_of_albert() -> None:
     with pytest.raises(ValueError, match=r"albert_layer_groups.0 is the one block that all 3 layers share: .* top=0"):
         reinit_layers(tiny("albert"))
     assert [row["module"] for row in reinit_layers(tiny("albert"), 0).rows] == ["albert.pooler"]
+
+
+def test_a_decoder_of_one_block_shares_nothing() -> None:
+    model = hf.BartModel(hf.BartConfig(**SEQ2SEQ, **{**BART, "decoder_layers": 1}))
+    assert [row["module"] for row in reinit_layers(model).rows] == ["decoder.layers.0"]
+
+
+@pytest.mark.parametrize("model_class", [hf.GPT2LMHeadModel, hf.T5ForConditionalGeneration, hf.BertForMaskedLM])
+def test_leaves_a_tied_head_alone(model_class: Any, tmp_path: Path) -> None:
+    settings = {"GPT2LMHeadModel": GPT2, "T5ForConditionalGeneration": SEQ2SEQ | T5, "BertForMaskedLM": BERT}
+    model = loaded(model_class(model_class.config_class(**settings[model_class.__name__])), tmp_path)
+    before = weights(model)
+    report = reinit_layers(model, 1)
+    assert changed(model, before) == names_below(model, [row["module"] for row in report.rows])
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 @pytest.mark.parametrize(
