@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.core.anchor import Anchor
+from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.penalty import QuadraticPenalty
 
@@ -39,7 +40,8 @@ class L2SP(Callback):
         head_strength: β; 0 leaves the head to the optimiser's weight decay. The paper takes α = 0.1, β = 0.01.
         kernels_only: Leave out biases and norms (tensors of fewer than two dimensions), as the paper does.
         layers: Where the blocks and the head are, if they are not found by themselves; ``Layers(head=[])`` where there
-            is no new head, as in a language model with a tied one. The group named ``head`` has no anchor.
+            is no new head, as in a language model with a tied one. The group named ``head`` has no anchor, and neither
+            have layers that LayerReinit drew anew: they count as head.
 
     Raises:
         ValueError: An argument is out of range; the pull ηα is 1 or more; nothing is there to anchor; on resume,
@@ -99,13 +101,15 @@ class L2SP(Callback):
             for name, parameter in groups.named_parameters(group)
             if parameter.requires_grad and (parameter.ndim >= 2 or not self.kernels_only)
         ]
-        body = [(name, parameter) for name, group, parameter in wanted if group != "head"]
+        # Layers drawn anew (LayerReinit) have lost the values that they could be pulled to.
+        fresh = fresh_parameters(module)
+        body = [(name, p) for name, group, p in wanted if group != "head" and p not in fresh]
         if not body:
             raise ValueError(
                 "L2SP found no pretrained parameter that trains: everything outside the head is frozen, so there is "
                 "nothing to anchor. Under LoRA the change is centred at zero already: use weight decay instead"
             )
-        return body, [parameter for _, group, parameter in wanted if group == "head"]
+        return body, [p for _, group, p in wanted if group == "head" or p in fresh]
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

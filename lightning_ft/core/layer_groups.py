@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import chain, permutations
 from typing import final
 
 from torch import nn
@@ -211,6 +211,29 @@ class LayerGroups:
         width, total = max(map(len, sizes), default=5), max(sum(sizes.values()), 1)
         rows = [f"{name:<{width}}  {len(self._members[name]):7}  {n:10}  {n / total:6.1%}" for name, n in sizes.items()]
         return "\n".join([f"{'group':<{width}}  tensors  parameters   share", *rows])
+
+
+def block_paths(module: nn.Module, *, blocks: str | Sequence[str] | None = None) -> dict[str, list[str]]:
+    """Which modules are the blocks: group name, as in :class:`LayerGroups`, to paths, bottom to top.
+
+    A group of :class:`LayerGroups` holds parameters, among them some that only feed a block or follow a stack (an
+    encoder's final norm); surgery works on the blocks alone. A merged group (bi-encoder) has one path an encoder.
+
+    Args:
+        module: Any module, as for :meth:`LayerGroups.of`.
+        blocks: Path of the block list; several are stacked in the order given.
+
+    Raises:
+        ValueError: No block list, or several that cannot be told apart.
+    """
+    given = _paths(module, "blocks", blocks)
+    stacks, stacked = (_given_stacks(module, given), True) if given else _find_stacks(module)
+    paths = given or [stack.path for stack in stacks]
+    labels = _block_labels(module, paths, stacked)
+    members = [[f"{path}.{name}".strip(".") for name in module.get_submodule(path)._modules] for path in paths]
+    if stacked:
+        return {label: [path] for label, path in zip(labels, chain(*members), strict=True)}
+    return {label: list(parallel) for label, *parallel in zip(labels, *members, strict=True)}
 
 
 @dataclass

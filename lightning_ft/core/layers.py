@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layer_groups import LayerGroups, block_paths
 
 
 @dataclass(frozen=True)
@@ -31,3 +31,15 @@ class Layers:
     def of(self, module: nn.Module) -> LayerGroups:
         """The layer groups of a module, see :meth:`LayerGroups.of`."""
         return LayerGroups.of(module, blocks=self.blocks, head=self.head, groups=self.groups)
+
+    def block_paths(self, module: nn.Module) -> dict[str, list[str]]:
+        """Paths of the blocks by group name, see :func:`lightning_ft.core.layer_groups.block_paths`.
+
+        Raises:
+            ValueError: The layers are given as regular expressions, which name parameters and no blocks.
+        """
+        if self.groups is not None:
+            raise ValueError(
+                "layers=Layers(groups=...) names parameters and no list of blocks: pass Layers(blocks=...)"
+            )
+        return block_paths(module, blocks=self.blocks)
