@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ft.core.schedule import Progress
 
@@ -50,6 +55,43 @@ def rewrap_ddp(trainer: Trainer) -> None:
             del options["init_sync"]
         else:
             options["init_sync"] = init_sync
+
+
+def before_sharded_restore(
+    trainer: Trainer, callback: Callback, act: Callable[[dict[str, Any]], None]
+) -> RemovableHandle | None:
+    """Call ``act`` with the callback's saved state just before a sharded strategy restores the optimisers.
+
+    FSDPStrategy and ModelParallelStrategy load weights and optimisers in one go after ``on_fit_start``, and callbacks
+    last. An optimiser state of a run in which something had not trained yet is refused there ("Missing optimizer
+    state"), and a made-up one put in its place, unless the same parameters are frozen when it is loaded.
+
+    Args:
+        trainer: The trainer, in ``on_fit_start``.
+        callback: Whose state the checkpoint holds.
+        act: Brings the flags to what they were.
+
+    Returns:
+        What to remove in ``on_train_start``; None where callbacks are restored first.
+    """
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        return None
+
+    restored: list[Path] = []
+
+    def hook(*_: Any) -> None:
+        if trainer.ckpt_path is None or restored:
+            return
+        restored.append(path := Path(trainer.ckpt_path))
+        file = path / "meta.pt" if path.is_dir() else path
+        states = torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("callbacks", {})
+        if callback.state_key in states:
+            act(states[callback.state_key])
+
+    # Weights are loaded before optimisers, the only event in between; ModelParallelStrategy loads each owner alone.
+    owner = next(module for module in trainer.lightning_module.modules() if module._parameters)
+    handle: RemovableHandle = owner.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
 
 
 class WindowTracker:
