@@ -57,6 +57,23 @@ def rewrap_ddp(trainer: Trainer) -> None:
             options["init_sync"] = init_sync
 
 
+def refuse_deepspeed(trainer: Trainer, callback: Callback) -> None:
+    """Call in ``on_fit_start``. DeepSpeed steps its own flat copy of what required gradients when it was set up.
+
+    Its optimisers hold none of the module's parameters, so what is thawed, pulled or given a rate of its own later
+    would be left alone in silence.
+
+    Raises:
+        ValueError: The strategy is DeepSpeed's.
+    """
+    # By name: neither DeepSpeed nor both Lightnings need be installed.
+    if any(kind.__name__ == "DeepSpeedStrategy" for kind in type(trainer.strategy).__mro__):
+        raise ValueError(
+            f"{type(callback).__name__} does not run under DeepSpeed, which trains a flat copy of the parameters: use "
+            "FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and fully_shard in configure_model, or DDP"
+        )
+
+
 def before_sharded_restore(
     trainer: Trainer, callback: Callback, act: Callable[[dict[str, Any]], None]
 ) -> RemovableHandle | None:

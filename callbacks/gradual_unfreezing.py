@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._freezing import Freezing
-from lightning_ft.callbacks._trainer import WindowTracker, before_sharded_restore, training_progress
+from lightning_ft.callbacks._trainer import WindowTracker, before_sharded_restore, refuse_deepspeed, training_progress
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
@@ -84,6 +84,8 @@ class GradualUnfreezing(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_deepspeed(trainer, self)
+
         def freeze(state: dict[str, Any]) -> None:
             self._freezing = Freezing(type(self).__name__, self.plan(pl_module))
             self._freezing.plan.apply(min(state["stage"], self._freezing.plan.last_stage))

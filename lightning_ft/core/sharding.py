@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,46 @@ def full_shapes(module: nn.Module) -> dict[nn.Parameter, torch.Size]:
 def is_piece(parameter: Tensor) -> bool:
     """Whether a parameter is FSDP1's: a 1-D piece that does not know its whole shape."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a ``DTensor``, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sum_of_squares(
+    tensors: Sequence[Tensor], *, like: Sequence[Tensor] | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The sum of squares of all values, over all processes that share them; differentiable.
+
+    Call on all of those processes. One collective for each way of sharding; none where nothing is sharded.
+
+    Args:
+        tensors: Local parts (:func:`local`) or whole tensors.
+        like: Parameters that are sharded as ``tensors`` are; by default the tensors themselves.
+        dtype: In which to sum; by default the tensors' own.
+    """
+    parts: dict[Any, list[Tensor]] = {}
+    for tensor, model in zip(tensors, like or tensors, strict=True):
+        # HSDP, tensor parallelism: each mesh and placement has its own processes to sum over.
+        key = (model.device_mesh, model.placements) if hasattr(model, "placements") else None
+        parts.setdefault(key, []).append(local(tensor))
+    sums = [
+        _over_processes(torch.stack(torch._foreach_norm(part, dtype=dtype)).square().sum(), key)
+        for key, part in parts.items()
+    ]
+    return torch.stack(sums).sum()
+
+
+def _over_processes(total: Tensor, key: Any) -> Tensor:
+    if key is None:
+        return total
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, placements = key
+    shares = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    summed: Tensor = DTensor.from_local(total, mesh, shares, run_check=False).full_tensor()
+    return summed
 
 
 def _pieces(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Parameter, torch.Size]]:
