@@ -1,4 +1,4 @@
-"""One of two processes that train sharded models on a CPU: functions for ``tests.ranks.run_ranks``."""
+"""Two processes that shard a model on a CPU, in the ways that there are: :func:`run`, for ``tests.ranks``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 
-from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
+from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.data.loader import ResumableDataLoader
 from lightning_ft.data.sampler import LengthBucketSampler
+from lightning_ft.functional.learning_rates import decay_groups
 from tests.ranks import RANKS
 from tests.strangers import BATCH, FILTERED, LENGTH, ROWS, WIDTH, Encoder, dataset, pretrained
 
@@ -119,8 +122,8 @@ def let_be() -> Any:
     return LetsBe(process_group_backend="gloo")
 
 
-def model_parallel() -> Any:
-    return ModelParallelStrategy(RANKS, 1, save_distributed_checkpoint=False, process_group_backend="gloo")
+def model_parallel(folder: bool = False) -> Any:
+    return ModelParallelStrategy(RANKS, 1, save_distributed_checkpoint=folder, process_group_backend="gloo")
 
 
 def lightnings_fsdp1() -> Any:
@@ -128,7 +131,7 @@ def lightnings_fsdp1() -> Any:
 
 
 SHARDINGS: dict[str, tuple[Callable[[Any], None], Callable[[], Any]]] = {
-    "ddp-find-unused": (
+    "ddp": (
         lambda module: None,
         lambda: DDPStrategy(process_group_backend="gloo", find_unused_parameters=True),
     ),
@@ -140,75 +143,36 @@ SHARDINGS: dict[str, tuple[Callable[[Any], None], Callable[[], Any]]] = {
 """Name to what ``configure_model`` does, and the strategy."""
 
 
-def whole(trainer: Any) -> dict[str, Tensor]:
-    """All parameters, gathered from both processes, by their unsharded names."""
-    model = trainer.strategy.model
-    wrapped = any(isinstance(child, FSDP) for child in model.modules())
-    with FSDP.summon_full_params(model, writeback=False) if wrapped else nullcontext():
-        return {
-            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): getattr(
-                p, "full_tensor", p.detach().clone
-            )().detach()
-            for name, p in model.named_parameters()
-        }
-
-
 class Trace(Callback):
-    """All weights after each batch, the tensors that trained in it, and those that got a gradient."""
+    """After each batch all weights; before each step the tensors that train and what is wrong with gradients."""
 
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
         self.trainable: list[int] = []
-        self.names: list[list[str]] = []
+        self.wrong: list[str] = []
+        self.penalty: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        for name, parameter in pl_module.named_parameters():
+            # Of FSDP1's flat parameter a process may hold no value of this one.
+            if parameter.requires_grad == (parameter.grad is None) and (
+                parameter.numel() or not parameter.requires_grad
+            ):
+                self.wrong.append(f"step {trainer.global_step}: {name}")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         weights = whole(trainer)
         self.weights.append(torch.cat([weights[name].flatten() for name in sorted(weights)]))
         self.trainable.append(sum(p.requires_grad for p in pl_module.parameters()))
+        if "l2_sp" in trainer.callback_metrics:
+            self.penalty.append(float(trainer.callback_metrics["l2_sp"]))
 
-
-SCENARIOS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 6}),
-    "steps": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing("2 steps")], {"max_epochs": 2}),
-    "fraction": (lambda: [GradualUnfreezing(0.2)], {"max_epochs": 3, "accumulate_grad_batches": 2}),
-}
-
-
-def train(sharding: str | None, scenario: str, optimizer: Optimizer | None = None, **options: Any) -> Any:
-    """A trainer that has trained, and its trace; in one process without ``sharding``."""
-    callbacks, defaults = SCENARIOS[scenario]
-    shard, strategy = SHARDINGS[sharding] if sharding else (lambda module: None, lambda: "auto")
-    trace = Trace()
-    single = {} if sharding else {"devices": 1}
-    trainer = FILTERED.fit(
-        *callbacks(),
-        trace,
-        *options.pop("callbacks", []),
-        module=HeadFirst(shard, optimizer),
-        use_distributed_sampler=False,
-        **{"strategy": strategy(), "devices": RANKS, "limit_val_batches": 0, **single, **defaults, **options},
-    )
-    return trainer, trace
-
-
-def traces() -> dict[str, Any]:
-    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor")
-    results: dict[str, Any] = {}
-    for sharding in SHARDINGS:
-        for scenario in SCENARIOS:
-            try:
-                trainer, trace = train(sharding, scenario)
-                groups = LayerGroups.of(trainer.lightning_module)
-                results[f"{sharding}/{scenario}"] = {"weights": trace.weights, "trainable": trace.trainable}
-            except Exception as error:
-                import traceback
-                traceback.print_exc()
-                print("FAILED", sharding, scenario, repr(error))
-    return results
+    def result(self) -> dict[str, Any]:
+        return dict(vars(self))
 
 
 class SaveAt(Callback):
-    """Writes one checkpoint, at the start of a batch."""
+    """Writes one checkpoint, before a batch."""
 
     def __init__(self, step: int, path: str) -> None:
         self.step, self.path = step, path
@@ -218,21 +182,149 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def resumed() -> dict[str, Any]:
-    from functools import partial
-    results = {}
-    for sharding in ("fsdp2", "fsdp2-whole"):
-        for oname, optimizer in {
-            "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
-            "adamw": partial(torch.optim.AdamW, lr=1e-2),
-        }.items():
-          try:
-            folder = Path(f"/tmp/shd/resume-{sharding}-{oname}")
-            trainer, trace = train(sharding, "steps", optimizer, max_epochs=3, callbacks=[SaveAt(5, str(folder))])
-            again, more = train(sharding, "steps", optimizer, max_epochs=3, ckpt_path=str(folder))
-            results[sharding + "/" + oname] = {"weights": trace.weights, "more": more.weights, "trainable": trace.trainable, "more_trainable": more.trainable}
-          except Exception as error:
-                import traceback
-                traceback.print_exc()
-                print("FAILED", sharding, oname, repr(error))
+def whole(trainer: Any) -> dict[str, Tensor]:
+    """All parameters, gathered from both processes, by their unsharded names."""
+    model = trainer.strategy.model
+    wrapped = any(isinstance(child, FSDP) for child in model.modules())
+    with FSDP.summon_full_params(model, writeback=False) if wrapped else nullcontext():
+        return {
+            name.replace("_fsdp_wrapped_module.", "").removeprefix("module."): (
+                p.full_tensor() if hasattr(p, "full_tensor") else p.clone()
+            ).detach()
+            for name, p in model.named_parameters()
+        }
+
+
+SCENARIOS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
+    "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 6, "limit_train_batches": 2}),
+    "steps": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing("2 steps")], {}),
+    "fraction": (lambda: [GradualUnfreezing(0.2)], {"accumulate_grad_batches": 2}),
+}
+"""Name to callbacks and options of the Trainer, for all ways of sharding."""
+
+PENALISED: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
+    "coupled": (
+        lambda: [L2SP(0.5, head_strength=0.1), GradualUnfreezing("2 steps"), DiscriminativeLR(0.5)],
+        {"logger": DummyLogger(), "log_every_n_steps": 1},
+    ),
+    "decoupled": (
+        lambda: [GradualUnfreezing("2 steps"), L2SP(0.5, "decoupled", head_strength=0.1)],
+        {"logger": DummyLogger(), "log_every_n_steps": 1},
+    ),
+}
+"""The same for FSDP2."""
+
+
+def train(
+    sharding: str | None, scenario: str, optimizer: Optimizer | None = None, *more: Callback, **options: Any
+) -> tuple[Any, Trace]:
+    """A trainer that has trained, and its trace; in one process without ``sharding``."""
+    callbacks, defaults = {**SCENARIOS, **PENALISED}[scenario]
+    shard, strategy = SHARDINGS[sharding] if sharding else (lambda module: None, lambda: "auto")
+    trace = Trace()
+    trainer = FILTERED.fit(
+        *callbacks(),
+        trace,
+        *more,
+        module=HeadFirst(shard, optimizer),
+        **{
+            "strategy": strategy(),
+            "devices": RANKS if sharding else 1,
+            "use_distributed_sampler": False,
+            "limit_val_batches": 0,
+            **defaults,
+            **options,
+        },
+    )
+    return trainer, trace
+
+
+class Depth(Callback):
+    """What is told of a module's depth, when training starts."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        groups = LayerGroups.of(pl_module)
+        members = {name: [key for key, _ in groups.named_parameters(name)] for name in groups}
+        shapes = {key: list(groups.shape_of(p)) for name in groups for key, p in groups.named_parameters(name)}
+        names = {id(p): key for name in groups for key, p in groups.named_parameters(name)}
+        by_regex = LayerGroups.of(pl_module, groups={"rest": "^thing_from_paris.inner", "head": r"^verdict\."})
+        by_path = LayerGroups.of(pl_module, blocks="thing_from_paris.inner.layers", head="verdict")
+        self.told = {
+            "members": members,
+            "shapes": shapes,
+            "printed": repr(groups),
+            "rates": DiscriminativeLR(0.5).multipliers(pl_module),
+            "decay": [sorted(names[id(p)] for p in group["params"]) for group in decay_groups(pl_module, 0.1)],
+            "by_regex": [key for key, _ in by_regex.named_parameters("head")],
+            "by_path": repr(by_path),
+        }
+
+
+def depth(sharding: str | None) -> dict[str, Any]:
+    told = Depth()
+    train(sharding, "steps", None, told, max_steps=1)
+    return told.told
+
+
+RESUMED: dict[str, tuple[str, Optimizer, bool]] = {
+    "adamw": ("fsdp2-whole", partial(torch.optim.AdamW, lr=1e-2), False),
+    "momentum": ("fsdp2", partial(torch.optim.SGD, lr=0.05, momentum=0.9), False),
+    "folder": ("fsdp2", partial(torch.optim.AdamW, lr=1e-2), True),
+}
+"""Name to sharding, optimiser and whether the checkpoint is a folder."""
+
+
+def resumed(name: str, folder: Path) -> dict[str, Any]:
+    sharding, optimizer, as_folder = RESUMED[name]
+    path = str(folder / name)
+    _, straight = train(
+        sharding, "coupled", optimizer, SaveAt(5, path), strategy=model_parallel(as_folder), max_epochs=3
+    )
+    _, again = train(sharding, "coupled", optimizer, strategy=model_parallel(as_folder), max_epochs=3, ckpt_path=path)
+    return {"straight": straight.result(), "again": again.result()}
+
+
+def error(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except ValueError as raised:
+        return str(raised)
+    return "nothing was raised"
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    def fit(shard: Callable[[Any], None], *callbacks: Callback, **options: Any) -> Any:
+        module = HeadFirst(shard, RESUMED["adamw"][1])
+        return FILTERED.fit(*callbacks, module=module, use_distributed_sampler=False, devices=RANKS, **options)
+
+    def other_weights(module: Any) -> None:
+        module.verdict.weight.data.add_(1)
+        module.thing_from_paris["inner"].tokens.weight.data.add_(1)
+        fsdp2_whole(module)
+
+    class Pieces(HeadFirst):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(decay_groups(self.parameters(), 0.1), lr=0.1)
+
+    penalised = PENALISED["coupled"][0]
+    checkpoint = {"ckpt_path": str(folder / "adamw"), "max_epochs": 3, "strategy": model_parallel()}
+    return {
+        "flat": error(lambda: fit(partial(fsdp1, use_orig_params=False), GradualUnfreezing(), strategy=let_be())),
+        "l2-sp": error(lambda: fit(fsdp1, L2SP(0.1), strategy=let_be())),
+        "decay": error(lambda: FILTERED.fit(module=Pieces(fsdp1), devices=RANKS, strategy=let_be())),
+        "anchor": error(lambda: fit(other_weights, *penalised(), **checkpoint)),
+    }
+
+
+def run() -> dict[str, Any]:
+    warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor")
+    results: dict[str, Any] = {f"{s}/{c}": train(s, c)[1].result() for s in SHARDINGS for c in SCENARIOS}
+    results |= {f"{s}/{c}": train(s, c)[1].result() for s in ("fsdp2", "fsdp2-whole") for c in PENALISED}
+    results["depth"] = {sharding: depth(sharding) for sharding in SHARDINGS}
+    # The first process chooses the folder.
+    shared = [tempfile.mkdtemp()]
+    torch.distributed.broadcast_object_list(shared)
+    folder = Path(shared[0])
+    results["resumed"] = {name: resumed(name, folder) for name in RESUMED}
+    results["refusals"] = refusals(folder)
     return results
