@@ -168,7 +168,7 @@ class Trace(Callback):
             self.penalty.append(float(trainer.callback_metrics["l2_sp"]))
 
     def result(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {key: vars(self)[key] for key in ("weights", "trainable", "wrong", "penalty")}
 
 
 class SaveAt(Callback):
@@ -196,8 +196,8 @@ def whole(trainer: Any) -> dict[str, Tensor]:
 
 
 SCENARIOS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
-    "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 6, "limit_train_batches": 2}),
-    "steps": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing("2 steps")], {}),
+    "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 5, "limit_train_batches": 2}),
+    "steps": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing("1 steps")], {"max_epochs": 1}),
     "fraction": (lambda: [GradualUnfreezing(0.2)], {"accumulate_grad_batches": 2}),
 }
 """Name to callbacks and options of the Trainer, for all ways of sharding."""
@@ -278,9 +278,9 @@ def resumed(name: str, folder: Path) -> dict[str, Any]:
     sharding, optimizer, as_folder = RESUMED[name]
     path = str(folder / name)
     _, straight = train(
-        sharding, "coupled", optimizer, SaveAt(5, path), strategy=model_parallel(as_folder), max_epochs=3
+        sharding, "coupled", optimizer, SaveAt(5, path), strategy=model_parallel(as_folder)
     )
-    _, again = train(sharding, "coupled", optimizer, strategy=model_parallel(as_folder), max_epochs=3, ckpt_path=path)
+    _, again = train(sharding, "coupled", optimizer, strategy=model_parallel(as_folder), ckpt_path=path)
     return {"straight": straight.result(), "again": again.result()}
 
 
@@ -307,7 +307,7 @@ def refusals(folder: Path) -> dict[str, str]:
             return torch.optim.SGD(decay_groups(self.parameters(), 0.1), lr=0.1)
 
     penalised = PENALISED["coupled"][0]
-    checkpoint = {"ckpt_path": str(folder / "adamw"), "max_epochs": 3, "strategy": model_parallel()}
+    checkpoint = {"ckpt_path": str(folder / "adamw"), "max_epochs": 2, "strategy": model_parallel()}
     return {
         "flat": error(lambda: fit(partial(fsdp1, use_orig_params=False), GradualUnfreezing(), strategy=let_be())),
         "l2-sp": error(lambda: fit(fsdp1, L2SP(0.1), strategy=let_be())),
