@@ -106,7 +106,7 @@ def before_sharded_restore(
             act(states[callback.state_key])
 
     # Weights are loaded before optimisers, the only event in between; ModelParallelStrategy loads each owner alone.
-    owner = next(module for module in trainer.lightning_module.modules() if module._parameters)
+    owner = next(m for m in trainer.lightning_module.modules() if any(True for _ in m.parameters(recurse=False)))
     handle: RemovableHandle = owner.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
     return handle
 

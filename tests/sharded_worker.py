@@ -15,11 +15,15 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
+from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.penalty import QuadraticPenalty
 from lightning_ft.data.loader import ResumableDataLoader
 from lightning_ft.data.sampler import LengthBucketSampler
 from lightning_ft.functional.learning_rates import decay_groups
@@ -205,7 +209,7 @@ SCENARIOS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
 PENALISED: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
     "coupled": (
         lambda: [L2SP(0.5, head_strength=0.1), GradualUnfreezing("2 steps"), DiscriminativeLR(0.5)],
-        {"logger": DummyLogger(), "log_every_n_steps": 1},
+        {"logger": DummyLogger(), "log_every_n_steps": 1, "gradient_clip_val": 1.0},
     ),
     "decoupled": (
         lambda: [GradualUnfreezing("2 steps"), L2SP(0.5, "decoupled", head_strength=0.1)],
@@ -213,6 +217,14 @@ PENALISED: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
     ),
 }
 """The same for FSDP2."""
+
+RUNS: list[tuple[str, str]] = [
+    *[("ddp", scenario) for scenario in ("epochs", "fraction")],
+    ("fsdp2", "steps"),
+    *[("fsdp2-whole", scenario) for scenario in (*SCENARIOS, *PENALISED)],
+    *[("fsdp1", scenario) for scenario in SCENARIOS],
+    ("fsdp1-lightning", "steps"),
+]
 
 
 def train(
@@ -268,8 +280,7 @@ def depth(sharding: str | None) -> dict[str, Any]:
 
 RESUMED: dict[str, tuple[str, Optimizer, bool]] = {
     "adamw": ("fsdp2-whole", partial(torch.optim.AdamW, lr=1e-2), False),
-    "momentum": ("fsdp2", partial(torch.optim.SGD, lr=0.05, momentum=0.9), False),
-    "folder": ("fsdp2", partial(torch.optim.AdamW, lr=1e-2), True),
+    "folder": ("fsdp2", partial(torch.optim.SGD, lr=0.05, momentum=0.9), True),
 }
 """Name to sharding, optimiser and whether the checkpoint is a folder."""
 
@@ -277,9 +288,7 @@ RESUMED: dict[str, tuple[str, Optimizer, bool]] = {
 def resumed(name: str, folder: Path) -> dict[str, Any]:
     sharding, optimizer, as_folder = RESUMED[name]
     path = str(folder / name)
-    _, straight = train(
-        sharding, "coupled", optimizer, SaveAt(5, path), strategy=model_parallel(as_folder)
-    )
+    _, straight = train(sharding, "coupled", optimizer, SaveAt(5, path), strategy=model_parallel(as_folder))
     _, again = train(sharding, "coupled", optimizer, strategy=model_parallel(as_folder), ckpt_path=path)
     return {"straight": straight.result(), "again": again.result()}
 
@@ -316,10 +325,37 @@ def refusals(folder: Path) -> dict[str, str]:
     }
 
 
+def anchored() -> dict[str, Any]:
+    """An anchor and a penalty of a sharded layer, whose rows do not divide by two, beside those of the whole one."""
+    layer = pretrained(nn.Linear, 5, 3)
+    early = Anchor.capture(layer.named_parameters())
+    start = [p.detach().clone() for p in layer.parameters()]
+    fully_shard(layer, mesh=init_device_mesh("cpu", (RANKS,)))
+    anchor = Anchor.capture(layer.named_parameters())
+    penalty = QuadraticPenalty(0.5, anchor.like(layer.named_parameters()))
+    parameters = list(layer.parameters())
+    for parameter, value in zip(parameters, start, strict=True):
+        parameter.data.add_(distribute_tensor(value.sin(), parameter.device_mesh, parameter.placements))
+    gradients = torch.autograd.grad(penalty.value(parameters), parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    penalty.add_grad_(parameters)
+    added = [p.grad.full_tensor() for p in parameters]
+    penalty.pull_(parameters, learning_rate=0.1)
+    return {
+        "value": float(penalty.value(parameters).detach()),
+        "autograd": [g.full_tensor() for g in gradients],
+        "added": added,
+        "pulled": [p.full_tensor().detach() for p in parameters],
+        "fingerprint": anchor.fingerprint(),
+        "early": error(lambda: early.like(layer.named_parameters())),
+    }
+
+
 def run() -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor")
-    results: dict[str, Any] = {f"{s}/{c}": train(s, c)[1].result() for s in SHARDINGS for c in SCENARIOS}
-    results |= {f"{s}/{c}": train(s, c)[1].result() for s in ("fsdp2", "fsdp2-whole") for c in PENALISED}
+    results: dict[str, Any] = {f"{s}/{c}": train(s, c)[1].result() for s, c in RUNS}
+    results["anchored"] = anchored()
     results["depth"] = {sharding: depth(sharding) for sharding in SHARDINGS}
     # The first process chooses the folder.
     shared = [tempfile.mkdtemp()]

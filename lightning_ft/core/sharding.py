@@ -98,7 +98,7 @@ def sum_of_squares(
     parts: dict[Any, list[Tensor]] = {}
     for tensor, model in zip(tensors, like or tensors, strict=True):
         # HSDP, tensor parallelism: each mesh and placement has its own processes to sum over.
-        key = (model.device_mesh, model.placements) if hasattr(model, "placements") else None
+        key = (model.device_mesh, model.placements) if hasattr(model, "device_mesh") else None
         parts.setdefault(key, []).append(local(tensor))
     sums = [
         _over_processes(torch.stack(torch._foreach_norm(part, dtype=dtype)).square().sum(), key)

@@ -7,19 +7,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
+from lightning_ft.core.anchor import Anchor
 from tests.ranks import run_ranks
-from tests.sharded_worker import PENALISED, RESUMED, SCENARIOS, SHARDINGS, depth, train
-from tests.strangers import FILTERED
+from tests.sharded_worker import PENALISED, RESUMED, RUNS, SCENARIOS, SHARDINGS, depth, train
+from tests.strangers import FILTERED, pretrained
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 TENSORS = [4, 16, 28, 40, 41]
 """That train in each phase: head and final norm, three blocks, the embedding."""
-RUNS = [
-    *[f"{s}/{c}" for s in SHARDINGS for c in SCENARIOS],
-    *[f"fsdp2{w}/{c}" for w in ("", "-whole") for c in PENALISED],
-]
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +30,12 @@ def single() -> dict[str, dict[str, Any]]:
     return {scenario: train(None, scenario)[1].result() for scenario in [*SCENARIOS, *PENALISED]}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("sharding", "scenario"), RUNS)
 def test_two_sharded_processes_do_what_one_does(
-    name: str, ranks: list[dict[str, Any]], single: dict[str, dict[str, Any]]
+    sharding: str, scenario: str, ranks: list[dict[str, Any]], single: dict[str, dict[str, Any]]
 ) -> None:
-    first, second = (rank[name] for rank in ranks)
-    alone = single[name.split("/")[1]]
+    first, second = (rank[f"{sharding}/{scenario}"] for rank in ranks)
+    alone = single[scenario]
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
     for a, b in zip(first["weights"], alone["weights"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
@@ -47,7 +45,7 @@ def test_two_sharded_processes_do_what_one_does(
     # A frozen block has no gradient, a training one has.
     assert first["wrong"] == second["wrong"] == alone["wrong"] == []
     assert first["penalty"] == pytest.approx(alone["penalty"], rel=1e-5)
-    assert len(first["penalty"]) == (len(first["weights"]) if name.split("/")[1] in PENALISED else 0)
+    assert len(first["penalty"]) == (len(first["weights"]) if scenario in PENALISED else 0)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -57,6 +55,21 @@ def test_depth_is_told_as_of_the_whole_model(sharding: str, ranks: list[dict[str
     # Registration order would give it to the embeddings.
     assert whole["members"]["tail"] == ["thing_from_paris.inner.norm.weight", "thing_from_paris.inner.norm.bias"]
     assert whole["members"]["head"] == ["verdict.weight", "verdict.bias"] == whole["by_regex"]
+
+
+def test_a_penalty_of_sharded_weights_is_that_of_the_whole(ranks: list[dict[str, Any]]) -> None:
+    layer = pretrained(nn.Linear, 5, 3)
+    start = [p.detach() for p in layer.parameters()]
+    for found in (rank["anchored"] for rank in ranks):
+        for i, value in enumerate(start):
+            torch.testing.assert_close(found["autograd"][i], 0.5 * value.sin())
+            torch.testing.assert_close(found["added"][i], 0.5 * value.sin())
+            torch.testing.assert_close(found["pulled"][i], value + (1 - 0.1 * 0.5) * value.sin())
+        distance = sum(float(value.sin().square().sum()) for value in start)
+        assert found["value"] == pytest.approx(0.25 * 0.95**2 * distance)
+        assert found["fingerprint"] == pytest.approx(Anchor.capture(layer.named_parameters()).fingerprint(), rel=1e-12)
+        assert "anchor of weight was taken before the model was sharded" in found["early"]
+        assert "capture it after sharding" in found["early"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -90,5 +103,5 @@ def test_deepspeed_is_refused(callback: Any) -> None:
     class DeepSpeedStrategy(SingleDeviceStrategy):
         """By this name alone it is known."""
 
-    with pytest.raises(ValueError, match="does not run under DeepSpeed.*use FSDP2"):
+    with pytest.raises(ValueError, match=r"does not run under DeepSpeed.*use FSDP2"):
         FILTERED.fit(callback(), strategy=DeepSpeedStrategy("cpu"))
