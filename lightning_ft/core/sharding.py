@@ -96,7 +96,8 @@ def sum_of_squares(
         dtype: In which to sum; by default the tensors' own.
     """
     parts: dict[Any, list[Tensor]] = {}
-    for tensor, model in zip(tensors, like or tensors, strict=True):
+    models: Sequence[Any] = like or tensors
+    for tensor, model in zip(tensors, models, strict=True):
         # HSDP, tensor parallelism: each mesh and placement has its own processes to sum over.
         key = (model.device_mesh, model.placements) if hasattr(model, "device_mesh") else None
         parts.setdefault(key, []).append(local(tensor))
