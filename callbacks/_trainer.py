@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, Trainer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from lightning_ft.core.schedule import Progress
 
@@ -50,6 +55,60 @@ def rewrap_ddp(trainer: Trainer) -> None:
             del options["init_sync"]
         else:
             options["init_sync"] = init_sync
+
+
+def refuse_deepspeed(trainer: Trainer, callback: Callback) -> None:
+    """Call in ``on_fit_start``. DeepSpeed steps its own flat copy of what required gradients when it was set up.
+
+    Its optimisers hold none of the module's parameters, so what is thawed, pulled or given a rate of its own later
+    would be left alone in silence.
+
+    Raises:
+        ValueError: The strategy is DeepSpeed's.
+    """
+    # By name: neither DeepSpeed nor both Lightnings need be installed.
+    if any(kind.__name__ == "DeepSpeedStrategy" for kind in type(trainer.strategy).__mro__):
+        raise ValueError(
+            f"{type(callback).__name__} does not run under DeepSpeed, which trains a flat copy of the parameters: use "
+            "FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and fully_shard in configure_model, or DDP"
+        )
+
+
+def before_sharded_restore(
+    trainer: Trainer, callback: Callback, act: Callable[[dict[str, Any]], None]
+) -> RemovableHandle | None:
+    """Call ``act`` with the callback's saved state just before a sharded strategy restores the optimisers.
+
+    FSDPStrategy and ModelParallelStrategy load weights and optimisers in one go after ``on_fit_start``, and callbacks
+    last. An optimiser state of a run in which something had not trained yet is refused there ("Missing optimizer
+    state"), and a made-up one put in its place, unless the same parameters are frozen when it is loaded.
+
+    Args:
+        trainer: The trainer, in ``on_fit_start``.
+        callback: Whose state the checkpoint holds.
+        act: Brings the flags to what they were.
+
+    Returns:
+        What to remove in ``on_train_start``; None where callbacks are restored first.
+    """
+    if not trainer.strategy.restore_checkpoint_after_setup:
+        return None
+
+    restored: list[Path] = []
+
+    def hook(*_: Any) -> None:
+        if trainer.ckpt_path is None or restored:
+            return
+        restored.append(path := Path(trainer.ckpt_path))
+        file = path / "meta.pt" if path.is_dir() else path
+        states = torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("callbacks", {})
+        if callback.state_key in states:
+            act(states[callback.state_key])
+
+    # Weights are loaded before optimisers, the only event in between; ModelParallelStrategy loads each owner alone.
+    owner = next(m for m in trainer.lightning_module.modules() if any(True for _ in m.parameters(recurse=False)))
+    handle: RemovableHandle = owner.register_load_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
 
 
 class WindowTracker:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
 from lightning_ft.functional.learning_rates import depth_multipliers
@@ -66,6 +67,7 @@ class DiscriminativeLR(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_deepspeed(trainer, self)
         groups = self.groups(pl_module)
         multipliers = self._multipliers(groups)
         factors = {id(p): multipliers[name] for name in groups for p in groups.parameters(name)}

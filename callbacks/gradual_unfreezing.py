@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._freezing import Freezing
-from lightning_ft.callbacks._trainer import WindowTracker, training_progress
+from lightning_ft.callbacks._trainer import WindowTracker, before_sharded_restore, refuse_deepspeed, training_progress
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
@@ -59,6 +60,7 @@ class GradualUnfreezing(Callback):
         self.start = start
         self.layers = layers or Layers()
         self._freezing: Freezing | None = None
+        self._handle: RemovableHandle | None = None
         self._window = WindowTracker()
         self._stage = 0
         self._phases: list[list[str]] | None = None
@@ -81,7 +83,18 @@ class GradualUnfreezing(Callback):
             self._stage, self._phases = 0, None
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_deepspeed(trainer, self)
+
+        def freeze(state: dict[str, Any]) -> None:
+            self._freezing = Freezing(type(self).__name__, self.plan(pl_module))
+            self._freezing.plan.apply(min(state["stage"], self._freezing.plan.last_stage))
+
+        self._handle = before_sharded_restore(trainer, self, freeze)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
         self.every.count(training_progress(trainer, 0))  # refuses a fraction of an endless training
         self._window = WindowTracker()
         plan = self.plan(pl_module)
@@ -114,6 +127,9 @@ class GradualUnfreezing(Callback):
         self._release()
 
     def _release(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
         if self._freezing is not None:
             self._freezing.release()
             self._freezing = None

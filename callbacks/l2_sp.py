@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.penalty import QuadraticPenalty
+from lightning_ft.core.sharding import is_piece
 
 
 class L2SP(Callback):
@@ -29,6 +31,8 @@ class L2SP(Callback):
     when it really stepped. Under plain SGD both differ by η²α times the gradient only, since θ is pulled where the
     step left it; under Adam the coupled gradient is rescaled by 1/√v, and the decoupled pull per step is ηα: at
     η = 2e-5 the paper's α = 0.1 does nothing, and 50 matches its 1e-3 a step.
+
+    Under FSDP2 (ModelParallelStrategy) each process anchors and pulls its own part of the weights.
 
     AdamW's own weight decay pulls towards zero at the same time: set it to 0 for a pure pull.
 
@@ -45,7 +49,7 @@ class L2SP(Callback):
 
     Raises:
         ValueError: An argument is out of range; the pull ηα is 1 or more; nothing is there to anchor; on resume,
-            the model does not start from the weights that the interrupted run was anchored to.
+            the model does not start from the weights that the interrupted run was anchored to; FSDP1 or DeepSpeed.
 
     Reference:
         Li, Grandvalet and Davoine 2018, "Explicit Inductive Bias for Transfer Learning with Convolutional Networks".
@@ -94,6 +98,12 @@ class L2SP(Callback):
         self._restored = True
 
     def _split(self, module: LightningModule) -> tuple[list[tuple[str, nn.Parameter]], list[nn.Parameter]]:
+        if any(is_piece(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                "L2SP does not run under FullyShardedDataParallel (FSDP1), whose pieces do not tell which processes "
+                "hold the rest: use FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and fully_shard in "
+                "configure_model"
+            )
         groups = self.layers.of(module)
         wanted = [
             (name, group, parameter)
@@ -114,6 +124,7 @@ class L2SP(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release_hooks()
+        refuse_deepspeed(trainer, self)
         body, head = self._split(pl_module)
         if not head and self.layers.head is None and self.layers.groups is None:
             rank_zero_warn(
@@ -142,6 +153,14 @@ class L2SP(Callback):
             )
             if self.mode == "decoupled":
                 self._handles.append(optimizer.register_step_post_hook(self._pull))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Sharded strategies restore callbacks only after `on_fit_start`.
+        if trainer.strategy.restore_checkpoint_after_setup and self._restored:
+            assert self._anchor is not None
+            assert self._fingerprint is not None
+            self._anchor.check(self._fingerprint)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from lightning_ft.core.sharding import sum_of_squares
+
 
 class Anchor:
     """Reference tensors by parameter name, with a fingerprint that tells one set of weights from another.
@@ -35,7 +37,7 @@ class Anchor:
         """The references of these parameters, in their order, moved to their device and dtype.
 
         Raises:
-            ValueError: A parameter has no reference of its name, or one of another shape.
+            ValueError: A parameter has no reference of its name, or one of another shape or sharded in another way.
         """
         references = []
         for name, parameter in named_parameters:
@@ -49,21 +51,35 @@ class Anchor:
                     f"the anchor of {name} has shape {tuple(reference.shape)}, the parameter "
                     f"{tuple(parameter.shape)}: capture it where the parameter has its final shape"
                 )
+            if getattr(reference, "placements", None) != getattr(parameter, "placements", None):
+                raise ValueError(
+                    f"the anchor of {name} was taken before the model was sharded (or sharded in another way), and "
+                    "holds other values than this process's part of it: capture it after sharding"
+                )
             self.tensors[name] = reference
             references.append(reference)
         return references
 
     def fingerprint(self) -> dict[str, float]:
-        """Number of tensors, number of values and their sum of squares: plain numbers, safe in any checkpoint."""
+        """Number of tensors, number of values and their sum of squares: plain numbers, safe in any checkpoint.
+
+        Of sharded weights it is that of the whole, however they are sharded: call it on all processes.
+        """
         return {
             "tensors": len(self.tensors),
             "values": sum(tensor.numel() for tensor in self.tensors.values()),
-            "sum_of_squares": math.fsum(
-                # On the CPU: not every accelerator has float64.
-                float(torch.linalg.vector_norm(tensor.cpu(), dtype=torch.float64)) ** 2
-                for tensor in self.tensors.values()
-            ),
+            "sum_of_squares": self._sum_of_squares(),
         }
+
+    def _sum_of_squares(self) -> float:
+        sharded = [tensor for tensor in self.tensors.values() if hasattr(tensor, "placements")]
+        squares = [
+            # On the CPU: not every accelerator has float64.
+            float(torch.linalg.vector_norm(tensor.cpu(), dtype=torch.float64)) ** 2
+            for tensor in self.tensors.values()
+            if not hasattr(tensor, "placements")
+        ]
+        return math.fsum([*squares, float(sum_of_squares(sharded, dtype=torch.float64)) if sharded else 0.0])
 
     def check(self, expected: Mapping[str, float]) -> None:
         """Compare with the fingerprint of an earlier run.

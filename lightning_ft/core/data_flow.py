@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -15,15 +16,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_ft.core.sharding import unwrapped
 
-def first_fed(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[dict[nn.Parameter, int], Exception | None]:
+
+def first_fed(
+    module: nn.Module, blocks: Sequence[nn.Module], shapes: Mapping[nn.Parameter, torch.Size] | None = None
+) -> tuple[dict[nn.Parameter, int], Exception | None]:
     """The first block whose input each parameter reaches in a forward pass (``len(blocks)``: only the output).
 
     Walks the autograd graph of a copy of ``module`` on the meta device, run on token ids. Where the run breaks off,
     what was learnt before counts, and the error is returned; empty where the first block run takes no hidden state.
+    ``shapes`` are the whole shapes of parameters of which this process holds a piece.
     """
     feeds: dict[nn.Parameter, int] = {}
     twins: dict[nn.Module, nn.Module] = {}
+    whole: Mapping[Any, torch.Size] = shapes or {}
     tensors: dict[Tensor, Tensor] = {}
     met: set[Any] = set()
 
@@ -54,7 +61,7 @@ def first_fed(module: nn.Module, blocks: Sequence[nn.Module]) -> tuple[dict[nn.P
             _no_autocast(),
         ):
             warnings.simplefilter("ignore")
-            twin = _meta_twin(module, twins, tensors)
+            twin = _meta_twin(module, twins, tensors, whole)
             originals: dict[Any, Any] = {copied: tensor for tensor, copied in tensors.items()}
             for index, block in enumerate(blocks):
                 twins[block].register_forward_pre_hook(partial(enter, index), with_kwargs=True)
@@ -88,32 +95,49 @@ def _no_autocast() -> Iterator[None]:
         torch.autocast, torch.is_autocast_enabled = originals  # type: ignore[misc]
 
 
-def _meta_twin(module: nn.Module, twins: dict[nn.Module, nn.Module], tensors: dict[Tensor, Tensor]) -> nn.Module:
+def _meta_twin(
+    module: nn.Module,
+    twins: dict[nn.Module, nn.Module],
+    tensors: dict[Tensor, Tensor],
+    shapes: Mapping[Any, torch.Size],
+) -> nn.Module:
     """A copy in eval mode, without hooks, on meta tensors; attributes are shared, containers are copied one deep."""
     if module in twins:
         return twins[module]
-    source = module._modules.get("_orig_mod") or module  # torch.compile's wrapper would compile the original
+    source = _source(module)
     twin: nn.Module = object.__new__(type(source))
     nn.Module.__init__(twin)
     twins[module] = twins[source] = twin
 
     def on_meta(tensor: Tensor) -> Tensor:
         if tensor not in tensors:
-            copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            copied = torch.empty(shapes.get(tensor, tensor.shape), dtype=tensor.dtype, device="meta")
             learns = isinstance(tensor, nn.Parameter) and (tensor.is_floating_point() or tensor.is_complex())
             tensors[tensor] = nn.Parameter(copied, learns) if isinstance(tensor, nn.Parameter) else copied
         return tensors[tensor]
 
-    # An instance's own `forward` (accelerate, compile) is bound to the original.
     for key, value in vars(source).items():
-        if key not in vars(twin) and key not in ("forward", "_compiled_call_impl"):
+        if key in vars(twin) or key == "_compiled_call_impl":
+            continue
+        if isinstance(value, MethodType) and value.__self__ is source:
+            # One that hides a method of the class (accelerate's `forward`, FSDP2's forward methods) wraps the original.
+            if not hasattr(type(source), key):
+                vars(twin)[key] = MethodType(value.__func__, twin)
+        elif key != "forward":
             plain = on_meta(value) if isinstance(value, Tensor) else value
             vars(twin)[key] = copy.copy(plain) if isinstance(plain, (list, dict, set)) else plain
     vars(twin)["training"] = False
     twin._parameters = {k: p if p is None else on_meta(p) for k, p in source._parameters.items()}  # type: ignore[misc]
     twin._buffers = {k: b if b is None else on_meta(b) for k, b in source._buffers.items()}
-    twin._modules = {k: m if m is None else _meta_twin(m, twins, tensors) for k, m in source._modules.items()}
+    twin._modules = {k: m if m is None else _meta_twin(m, twins, tensors, shapes) for k, m in source._modules.items()}
     return twin
+
+
+def _source(module: nn.Module) -> nn.Module:
+    """What a wrapper stands for: torch.compile's would compile the original, FSDP1's would gather it."""
+    source = unwrapped(module)
+    compiled = source._modules.get("_orig_mod")
+    return source if compiled is None else _source(compiled)
 
 
 def _dummy_ids(module: nn.Module) -> dict[str, Tensor]:

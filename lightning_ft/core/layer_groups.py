@@ -9,11 +9,21 @@ from dataclasses import dataclass
 from itertools import chain, permutations
 from typing import final
 
+import torch
 from torch import nn
 
 from lightning_ft.core.data_flow import first_fed
+from lightning_ft.core.sharding import (
+    full_shapes,
+    named_plain_modules,
+    named_plain_parameters,
+    plain_class,
+    plain_name,
+    unwrapped,
+)
 
 Named = tuple[str, nn.Parameter]
+Shapes = Mapping[nn.Parameter, torch.Size]
 
 
 @final
@@ -66,11 +76,12 @@ class LayerGroups:
                 if parameter in self._depth:
                     raise ValueError(f"groups: {name!r} is in {self.name_of(parameter)!r} and again in {group!r}")
                 self._depth[parameter] = depth
-        owned = {parameter: name for name, parameter in module.named_parameters()}
+        owned = {parameter: name for name, parameter in named_plain_parameters(module)}
         if missing := [name for parameter, name in owned.items() if parameter not in self._depth]:
             raise ValueError(f"groups must hold every parameter of the module; in no group: {_some(missing)}")
         if extra := [name for pairs in members.values() for name, parameter in pairs if parameter not in owned]:
             raise ValueError(f"groups may hold parameters of the module only; strangers: {_some(extra)}")
+        self._shapes = full_shapes(module)
 
     @classmethod
     def of(
@@ -97,8 +108,11 @@ class LayerGroups:
         the final norm of the lower stack belongs to its last block. If not (bi-encoder), they are merged by depth:
         ``block.i`` holds block ``i`` of each.
 
+        A sharded model has the groups, and the names, that it had before: FSDP2 (``fully_shard``), FSDP1 with
+        ``use_orig_params=True``, and activation checkpointing in between are seen through.
+
         Args:
-            module: Any module: a model, a LightningModule that holds one, a peft-wrapped or compiled one.
+            module: Any module: a model, a LightningModule that holds one, a peft-wrapped, compiled or sharded one.
             blocks: Path of the block list, such as ``"backbone.layers"``; several are stacked in the order given.
             head: Path of each module that is the head. All the rest is then backbone.
             groups: For models without a block list: group name to regular expression, bottom to top. Each
@@ -106,9 +120,9 @@ class LayerGroups:
 
         Raises:
             ValueError: No block list, or several that cannot be told apart; a path or a regular expression that
-                matches nothing; a parameter matched by none or by two.
+                matches nothing; a parameter matched by none or by two; FSDP1 with ``use_orig_params=False``.
         """
-        names = [(name, p) for name, p in module.named_parameters(remove_duplicate=False)]
+        names = list(named_plain_parameters(module, remove_duplicate=False))
         if not names:
             raise ValueError(f"module must have parameters, and {type(module).__name__} has none yet: build it first")
         if groups is not None:
@@ -116,9 +130,10 @@ class LayerGroups:
                 raise ValueError("groups= says all by itself: pass it without blocks= and head=")
             labels, depth = list(groups), _depth_by_regex(names, groups)
         else:
-            labels, depth = _depth_by_structure(module, _paths(module, "blocks", blocks), _paths(module, "head", head))
+            paths = _paths(module, "blocks", blocks), _paths(module, "head", head)
+            labels, depth = _depth_by_structure(module, *paths, full_shapes(module))
         members: dict[str, list[Named]] = {label: [] for label in labels}
-        for name, parameter in module.named_parameters():
+        for name, parameter in named_plain_parameters(module):
             members[labels[depth[parameter]]].append((name, parameter))
         return cls(module, members)
 
@@ -128,7 +143,7 @@ class LayerGroups:
         return tuple(self._members)
 
     def named_parameters(self, name: str) -> tuple[Named, ...]:
-        """Names, as in ``module.named_parameters()``, and parameters of one group."""
+        """Names, as in ``module.state_dict()``, and parameters of one group."""
         if name not in self._members:
             raise ValueError(f"name must be one of {', '.join(self._members)}; got {name!r}")
         return self._members[name]
@@ -197,6 +212,14 @@ class LayerGroups:
         """Name of the group that holds ``parameter``, found by identity."""
         return self.names[self.depth_of(parameter)]
 
+    def shape_of(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of the whole parameter, of which this process may hold a piece (FSDP1) or nothing."""
+        return self._shapes[parameter]
+
+    def size(self, name: str) -> int:
+        """Number of values in one group, over all processes that share it."""
+        return sum(self.shape_of(parameter).numel() for parameter in self.parameters(name))
+
     def __len__(self) -> int:
         return len(self._members)
 
@@ -207,7 +230,7 @@ class LayerGroups:
         return name in self._members
 
     def __repr__(self) -> str:
-        sizes = {name: sum(p.numel() for p in self.parameters(name)) for name in self}
+        sizes = {name: self.size(name) for name in self}
         width, total = max(map(len, sizes), default=5), max(sum(sizes.values()), 1)
         rows = [f"{name:<{width}}  {len(self._members[name]):7}  {n:10}  {n / total:6.1%}" for name, n in sizes.items()]
         return "\n".join([f"{'group':<{width}}  tensors  parameters   share", *rows])
@@ -259,10 +282,10 @@ def _depth_by_regex(names: Sequence[Named], groups: Mapping[str, str]) -> dict[n
 
 
 def _depth_by_structure(
-    module: nn.Module, blocks: list[str], heads: list[str]
+    module: nn.Module, blocks: list[str], heads: list[str], shapes: Shapes
 ) -> tuple[list[str], dict[nn.Parameter, int]]:
     """Names of the groups, and for each parameter the index of its group."""
-    stacks, stacked = (_given_stacks(module, blocks), True) if blocks else _find_stacks(module)
+    stacks, stacked = (_given_stacks(module, blocks), True) if blocks else _find_stacks(module, shapes)
     paths = blocks or [stack.path for stack in stacks]
     if trapped := [path for path in paths if any(_inside(path, h) for h in heads)]:
         raise ValueError(f"head= must lie outside the blocks, and holds {_some(trapped)}: name a smaller module")
@@ -270,7 +293,7 @@ def _depth_by_structure(
     starts = [1 + sum(sizes[:i]) if stacked else 1 for i in range(len(stacks))]
     labels = ["embeddings", *_block_labels(module, paths, stacked), "tail", "head"]
     tail, head = len(labels) - 2, len(labels) - 1
-    named = list(module.named_parameters(remove_duplicate=False))
+    named = list(named_plain_parameters(module, remove_duplicate=False))
     backed = {p for name, p in named if not any(_inside(name, path) for path in heads)}
     depth = _lowest(
         (p, start + i)
@@ -280,13 +303,13 @@ def _depth_by_structure(
     )
     for stack, start, size in zip(stacks, starts, sizes, strict=True):
         after = start + size - 1 if stacked and stack is not stacks[-1] else tail
-        around = _around(module, stack, backed - depth.keys(), bool(heads))
+        around = _around(module, stack, backed - depth.keys(), bool(heads), shapes)
         depth |= {p: 0 if k == 0 else start + k - 1 if k < size else after for p, k in around.items()}
     return labels, {p: depth.get(p, tail if heads and p in backed else head) for _, p in named}
 
 
 def _block_labels(module: nn.Module, paths: list[str], stacked: bool) -> list[str]:
-    sizes = [len(list(module.get_submodule(path).children())) for path in paths]
+    sizes = [len(list(_at(module, path).children())) for path in paths]
     if len(paths) == 1 or not stacked:
         return [f"block.{i}" for i in range(sizes[0])]
     stems = [path.split(".")[_parting(paths)] for path in paths]
@@ -295,17 +318,19 @@ def _block_labels(module: nn.Module, paths: list[str], stacked: bool) -> list[st
     return [f"{stem}.block.{i}" for stem, size in zip(stems, sizes, strict=True) for i in range(size)]
 
 
-def _around(module: nn.Module, stack: _Stack, rest: set[nn.Parameter], headed: bool) -> dict[nn.Parameter, int]:
+def _around(
+    module: nn.Module, stack: _Stack, rest: set[nn.Parameter], headed: bool, shapes: Shapes
+) -> dict[nn.Parameter, int]:
     """Which block each parameter of ``rest`` in the backbone feeds first; the number of blocks if it feeds none."""
     errors = []
     for owner in stack.owners:
-        backbone = module.get_submodule(owner)
-        feeds, error = first_fed(backbone, stack.blocks)
+        backbone = _at(module, owner)
+        feeds, error = first_fed(backbone, stack.blocks, shapes)
         if feeds:
             break
-        errors.append(f"{type(backbone).__name__}.forward: {error!r}"[:200])
+        errors.append(f"{plain_class(backbone).__name__}.forward: {error!r}"[:200])
     else:
-        inner, outer = (module.get_submodule(stack.owners[i]) for i in (0, -1))
+        inner, outer = (_at(module, stack.owners[i]) for i in (0, -1))
         if not headed and set(_embeddings(outer)) != set(_embeddings(inner)):
             raise ValueError(
                 f"head= must name the head here: the backbone of {stack.path!r} may be any of {_some(stack.owners)}, "
@@ -335,7 +360,7 @@ def _around(module: nn.Module, stack: _Stack, rest: set[nn.Parameter], headed: b
 def _given_stacks(module: nn.Module, paths: list[str]) -> list[_Stack]:
     stacks: list[_Stack] = []
     for path in paths:
-        blocks = module.get_submodule(path)
+        blocks = _at(module, path)
         owners = _owners(module, path) or [""]
         if stacks and stacks[-1].owners[0] == owners[0]:
             stacks[-1].blocks += blocks.children()
@@ -344,17 +369,17 @@ def _given_stacks(module: nn.Module, paths: list[str]) -> list[_Stack]:
     return stacks
 
 
-def _find_stacks(module: nn.Module) -> tuple[list[_Stack], bool]:
+def _find_stacks(module: nn.Module, shapes: Shapes) -> tuple[list[_Stack], bool]:
     """The stacks of blocks, bottom to top, and whether each feeds the next."""
     owners: dict[str, list[str]] = {}
-    for path, child in module.named_modules():
+    for path, child in named_plain_modules(module):
         if _is_block_list(child) and not any(_inside(path, other) for other in owners):
             owners |= {path: above} if (above := _owners(module, path)) else {}
     smallest = {path: above[0] for path, above in owners.items()}
     # A list of heads or metrics reaches an embedding only through a module that holds a whole backbone.
     found = [path for path, a in smallest.items() if not any(a != b and _inside(b, a) for b in smallest.values())]
     # A list of bare layers (per-label Linears) gives way to a list of blocks made of layers.
-    found = [path for path in found if any(c._modules for c in module.get_submodule(path).children())] or found
+    found = [path for path in found if any(unwrapped(c)._modules for c in _at(module, path).children())] or found
     if not found:
         raise ValueError(
             "blocks= must name the list of blocks here: no ModuleList or Sequential of same-class children lies beside "
@@ -367,10 +392,10 @@ def _find_stacks(module: nn.Module) -> tuple[list[_Stack], bool]:
     stacks = []
     for path in found:
         alone = [o for o in owners[path] if not any(_inside(other, o) for other in found if other != path)]
-        stacks.append(_Stack(path, list(module.get_submodule(path).children()), alone or owners[path][:1]))
+        stacks.append(_Stack(path, list(_at(module, path).children()), alone or owners[path][:1]))
     if len(stacks) == 1:
         return stacks, True
-    stacks, stacked = _arrange(module, stacks)
+    stacks, stacked = _arrange(module, stacks, shapes)
     if not stacked and len({len(stack.blocks) for stack in stacks}) > 1:
         sizes = _some(f"{stack.path} ({len(stack.blocks)})" for stack in stacks)
         raise ValueError(
@@ -380,22 +405,22 @@ def _find_stacks(module: nn.Module) -> tuple[list[_Stack], bool]:
     return stacks, stacked
 
 
-def _arrange(module: nn.Module, stacks: list[_Stack]) -> tuple[list[_Stack], bool]:
+def _arrange(module: nn.Module, stacks: list[_Stack], shapes: Shapes) -> tuple[list[_Stack], bool]:
     """Bottom to top if some stack feeds another. Where that cannot be run, sharing weights says that it does."""
     parting = _parting([stack.path for stack in stacks])
-    common = module.get_submodule(".".join(stacks[0].path.split(".")[:parting]))
-    feeds, error = first_fed(common, [stack.blocks[0] for stack in stacks])
+    common = _at(module, ".".join(stacks[0].path.split(".")[:parting]))
+    feeds, error = first_fed(common, [stack.blocks[0] for stack in stacks], shapes)
     inside = [{p for block in stack.blocks for p in block.parameters()} for stack in stacks]
     below = [sum(any(feeds.get(p) == i for p in other) for other in inside) for i in range(len(stacks))]
     if error is None or any(below):
         return [stacks[i] for i in sorted(range(len(stacks)), key=below.__getitem__)], any(below)
-    owned = [p for stack in stacks for p in set(module.get_submodule(stack.owners[0]).parameters())]
+    owned = [p for stack in stacks for p in set(_at(module, stack.owners[0]).parameters())]
     return stacks, len(set(owned)) < len(owned)
 
 
 def _paths(module: nn.Module, argument: str, given: str | Sequence[str] | None) -> list[str]:
-    paths = [given] if isinstance(given, str) else list(given or ())
-    known = dict(module.named_modules(remove_duplicate=False))
+    paths = [plain_name(path) for path in ([given] if isinstance(given, str) else given or ())]
+    known = dict(named_plain_modules(module, remove_duplicate=False))
     lists = _lists(module)
     if argument == "blocks" and any(_inside(a, b) for a, b in permutations(paths, 2)):
         raise ValueError(f"blocks= must name distinct lists, none inside another; got {_some(paths)}")
@@ -411,7 +436,7 @@ def _paths(module: nn.Module, argument: str, given: str | Sequence[str] | None) 
 def _lists(module: nn.Module) -> list[str]:
     return [
         path
-        for path, child in module.named_modules(remove_duplicate=False)
+        for path, child in named_plain_modules(module, remove_duplicate=False)
         if isinstance(child, (nn.ModuleList, nn.Sequential)) and any(True for _ in child.parameters())
     ]
 
@@ -420,9 +445,13 @@ def _is_block_list(module: nn.Module) -> bool:
     children = list(module.children())
     return (
         isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len({type(child) for child in children}) == 1
+        and len({plain_class(child) for child in children}) == 1
         and all(any(True for _ in child.parameters()) for child in children)
     )
+
+
+def _at(module: nn.Module, path: str) -> nn.Module:
+    return unwrapped(module.get_submodule(path))
 
 
 def _embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
@@ -431,9 +460,9 @@ def _embeddings(module: nn.Module) -> Iterator[nn.Embedding]:
 
 def _owners(module: nn.Module, path: str) -> list[str]:
     """Paths of the modules above ``path`` that hold an embedding outside it, innermost first; the root is ``""``."""
-    parts, inside = path.split("."), set(module.get_submodule(path).modules())
+    parts, inside = path.split("."), set(_at(module, path).modules())
     ancestors = [".".join(parts[:i]) for i in reversed(range(len(parts)))] if path else []
-    return [owner for owner in ancestors if not set(_embeddings(module.get_submodule(owner))) <= inside]
+    return [owner for owner in ancestors if not set(_embeddings(_at(module, owner))) <= inside]
 
 
 def _parting(paths: list[str]) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_ft.core.sharding import local, sum_of_squares
+
 _PIECE = 1 << 20  # values handled at once on a CPU: 4 MB
 
 
@@ -16,6 +18,9 @@ class QuadraticPenalty:
     ``add_grad_`` is the gradient of ``value`` (the coupled form, through the optimiser), ``pull_`` one step of
     gradient descent on it (the decoupled form, beside the optimiser). For plain SGD both move θ alike but for η²α
     times the gradient of the loss; for Adam the coupled one is rescaled by 1/√v like any gradient.
+
+    Of parameters sharded as ``DTensor`` (FSDP2) each process pulls its own part; ``value`` sums over all processes
+    and is to be called on all of them.
 
     Args:
         strength: α ≥ 0.
@@ -46,10 +51,13 @@ class QuadraticPenalty:
         """Ω, a scalar on the parameters' device; differentiable, and free of host synchronisation."""
         if not parameters:
             return torch.zeros(())
-        theta = list(parameters)
-        differences = theta if self.reference is None else list(torch._foreach_sub(theta, self.reference))
-        norms = torch.stack(torch._foreach_norm(differences))
-        return 0.5 * self.strength * norms.square().sum()
+        theta = [local(parameter) for parameter in parameters]
+        differences = theta if self.reference is None else list(torch._foreach_sub(theta, self._local_reference()))
+        return 0.5 * self.strength * sum_of_squares(differences, like=parameters)
+
+    def _local_reference(self) -> list[Tensor]:
+        assert self.reference is not None
+        return [local(reference) for reference in self.reference]
 
     @torch.no_grad()
     def add_grad_(self, parameters: Sequence[Tensor], *, scale: Tensor | None = None) -> None:
@@ -62,13 +70,14 @@ class QuadraticPenalty:
         live = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
         if not live or self.strength == 0:
             return
-        theta = [parameters[i].detach() for i in live]
-        gradients = [g for i in live if (g := parameters[i].grad) is not None]
+        theta = [local(parameters[i].detach()) for i in live]
+        gradients = [local(g) for i in live if (g := parameters[i].grad) is not None]
         if self.reference is None:
             pull = theta if scale is None else torch._foreach_mul(theta, scale)
             torch._foreach_add_(gradients, pull, alpha=self.strength)
         else:
-            _add_differences_(gradients, theta, [self.reference[i] for i in live], self.strength, scale)
+            references = self._local_reference()
+            _add_differences_(gradients, theta, [references[i] for i in live], self.strength, scale)
 
     @torch.no_grad()
     def pull_(
@@ -85,12 +94,12 @@ class QuadraticPenalty:
         live = [i for i in chosen if parameters[i].grad is not None]
         if not live or self.strength == 0:
             return
-        theta = [parameters[i].detach() for i in live]
+        theta = [local(parameters[i].detach()) for i in live]
         rate = learning_rate * self.strength
         if self.reference is None:
             torch._foreach_mul_(theta, 1 - rate)
             return
-        references = [self.reference[i] for i in live]
+        references = [local(self.reference[i]) for i in live]
         if isinstance(rate, Tensor):
             differences = torch._foreach_sub(theta, references)
             torch._foreach_mul_(differences, rate.to(theta[0].device))

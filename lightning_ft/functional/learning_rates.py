@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_ft.core.sharding import full_shapes, is_piece
+
 _BLOCK = re.compile(r"(?:(?P<stack>.+)\.)?block\.(?P<index>\d+)")
 
 
@@ -54,20 +56,32 @@ def depth_multipliers(groups: Sequence[str], *, decay: float = 0.9, head_gap: in
     return {name: decay**exponent for name, exponent in exponents.items()}
 
 
-def decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Iterable[nn.Parameter] | nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two optimiser groups: matrices, which decay, and vectors (biases, norms), which do not.
 
     Every parameter is taken, frozen or not: an optimiser skips what has no gradient, and groups that are complete
     from the start are what keeps schedulers and resumed runs right when something is thawed later.
 
     Args:
-        parameters: The model's parameters; tied ones are taken once.
+        parameters: The model's parameters; tied ones are taken once. Or the model: under FSDP1 (Lightning's
+            ``FSDPStrategy``) it alone knows which of the 1-D pieces that a process holds are of matrices.
         weight_decay: λ of the first group.
+
+    Raises:
+        ValueError: Parameters of FSDP1 without their model.
     """
-    unique = list({id(p): p for p in parameters}.values())
+    shapes = full_shapes(parameters) if isinstance(parameters, nn.Module) else {}
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    unique = list({id(p): p for p in given}.values())
+    if any(is_piece(p) and p not in shapes for p in unique):
+        raise ValueError(
+            "parameters must be the model itself under FullyShardedDataParallel, whose parameters are 1-D pieces that "
+            "do not tell matrices from vectors: decay_groups(model, weight_decay)"
+        )
+    matrices = {id(p) for p in unique if len(shapes.get(p, p.shape)) >= 2}
     groups = [
-        {"params": [p for p in unique if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in unique if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in unique if id(p) in matrices], "weight_decay": weight_decay},
+        {"params": [p for p in unique if id(p) not in matrices], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

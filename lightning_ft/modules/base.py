@@ -239,7 +239,7 @@ class TransformerModule(LightningModule):
             total = float("inf")
         factor = warmup_then(self.schedule, total_steps=total, warmup_steps=self._warmup_steps(total))
         optimizer = torch.optim.AdamW(
-            decay_groups(self.parameters(), self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
+            decay_groups(self, self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import re
 import time
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +12,12 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_ft.core.layer_groups import LayerGroups
 from tests.strangers import FILTERED
@@ -550,3 +559,84 @@ def test_groups_are_selected_by_what_a_person_writes(what: Any, expected: list[s
 def test_selections_of_nothing_are_refused(what: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LayerGroups.of(FILTERED.module()).select(what)
+
+
+@pytest.fixture
+def two_processes() -> Iterator[Any]:
+    """The mesh of a process group whose second process is pretended: enough to shard, not to gather."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+def fsdp2(model: nn.Module, blocks: list[nn.Module], mesh: Any) -> nn.Module:
+    for part in (*blocks[1:], model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def fsdp1(model: nn.Module, blocks: list[nn.Module], mesh: Any) -> nn.Module:
+    policy = partial(lambda_auto_wrap_policy, lambda_fn=blocks.__contains__)
+    return FSDP(model, auto_wrap_policy=policy, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+def checkpointed(model: nn.Module, blocks: list[nn.Module], mesh: Any) -> nn.Module:
+    apply_activation_checkpointing(model, check_fn=blocks[1:].__contains__)
+    return model
+
+
+def both(model: nn.Module, blocks: list[nn.Module], mesh: Any) -> nn.Module:
+    model = fsdp1(model, blocks, mesh)
+    apply_activation_checkpointing(model, check_fn=blocks.__contains__)
+    return model
+
+
+@pytest.mark.parametrize("shard", [fsdp2, fsdp1, checkpointed, both])
+@pytest.mark.parametrize("name", ["bert", "deberta-full", "albert", "gpt2", "llama", "t5", "bart"])
+def test_a_sharded_model_has_the_groups_and_names_of_the_whole_one(name: str, shard: Any, two_processes: Any) -> None:
+    model = tiny(name)
+    plain = LayerGroups.of(model)
+    whole = {group: [(key, p.shape) for key, p in plain.named_parameters(group)] for group in plain}
+    sharded = shard(model, blocks_of(model, name), two_processes)
+    groups = LayerGroups.of(sharded)
+    assert {g: [(key, groups.shape_of(p)) for key, p in groups.named_parameters(g)] for g in groups} == whole
+    assert groups.names == plain.names
+    assert repr(groups) == repr(plain)
+    # And by the paths and names that it had before.
+    if len(BLOCKS[name]) == 1:
+        assert LayerGroups.of(sharded, blocks=BLOCKS[name]).names == plain.names
+    first = next(key for key, _ in plain.named_parameters("embeddings"))
+    by_regex = LayerGroups.of(sharded, groups={"a": f"^{re.escape(first)}$", "b": f"^(?!{re.escape(first)}$)"})
+    assert [key for key, _ in by_regex.named_parameters("a")] == [first]
+
+
+def test_a_sharded_block_list_of_bare_layers_still_gives_way(two_processes: Any) -> None:
+    model = Odd(Plain())
+    model.task_heads = nn.ModuleList(nn.Linear(16, 2) for _ in range(3))
+    plain = LayerGroups.of(model)
+    blocks = [*model.quux.encoder.layers, *model.task_heads]
+    assert LayerGroups.of(fsdp2(model, blocks, two_processes)).names == plain.names
+
+
+def test_a_forward_method_of_fsdp2_does_not_run_the_original(two_processes: Any) -> None:
+    class Split(Plain):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.fc(self.encode(tokens))
+
+        def encode(self, tokens: Tensor) -> Tensor:
+            return self.encoder(self.norm(self.tokens(tokens))).mean(1)
+
+    model = Split()
+    plain = LayerGroups.of(model)
+    fsdp2(model, list(model.encoder.layers), two_processes)
+    register_fsdp_forward_method(model, "encode")
+    assert repr(LayerGroups.of(model)) == repr(plain)
+
+
+def test_a_flat_parameter_of_many_layers_is_refused_with_the_remedy(two_processes: Any) -> None:
+    model = FSDP(tiny("bert"), use_orig_params=False, device_id=torch.device("cpu"))
+    pieces = FSDP(tiny("bert"), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"use_orig_params=False.*melts.*use_orig_params=True"):
+        LayerGroups.of(model)
+    with pytest.raises(ValueError, match="pieces of unknown shape; pass the module that FullyShardedDataParallel"):
+        LayerGroups.of(pieces.module)
