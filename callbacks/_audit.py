@@ -18,17 +18,21 @@ from lightning_ft.core.freeze_plan import FreezePlan
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_optimizers(owner: str, plan: FreezePlan, optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(owner: str, plan: FreezePlan, trainer: Trainer) -> None:
     """Refuse a plan under which a parameter is to train that no optimiser holds.
 
     Raises:
         ValueError: There is such a parameter.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    known = {id(p) for p in held}
     trains = {name: p for stage in range(len(plan.phases)) for name, p in plan.training(stage)}
-    missing = [name for name, p in trains.items() if id(p) not in held]
-    # Where no parameter is held, optimisers are hidden from the trainer, or hold pieces of their own (sharding).
-    if missing and len(missing) < len(trains):
+    missing = [name for name, p in trains.items() if id(p) not in known]
+    # A module that hides its optimisers has the trainer's placeholder, and some shardings hold pieces of their own.
+    wrapped = trainer.strategy.model
+    whole = wrapped is trainer.strategy.lightning_module or isinstance(wrapped, DistributedDataParallel)
+    judged = len(missing) < len(trains) or (whole and any(p.requires_grad for p in held))
+    if missing and judged:
         raise ValueError(
             f"{owner}: {len(missing)} parameters are to train and are in no optimiser, so they never would: "
             f"{_some(missing)}. Return them in configure_optimizers, or call requires_grad_(False) on them before "
@@ -44,10 +48,14 @@ class FirstStep:
         plan: What trains at which stage.
         stage: The stage.
         optimizers: The trainer's.
+        told: Names of parameters of which a warning has told already; new ones are added.
     """
 
-    def __init__(self, owner: str, plan: FreezePlan, stage: int, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(
+        self, owner: str, plan: FreezePlan, stage: int, optimizers: Sequence[Optimizer], told: set[str]
+    ) -> None:
         self._owner = owner
+        self._told = told
         self._phase = stage + 1
         self._training = {id(p): name for name, p in plan.training(stage)}
         self._frozen = {id(p): name for name, p in plan.frozen(stage)}
@@ -65,22 +73,26 @@ class FirstStep:
         if all(p.grad is None for p in parameters):
             return  # nothing was learnt in this step: a batch was left out
         self._waiting.remove(id(optimizer))
+        self._refuse_what_else_freezes(parameters)
+        # Fully sharded parameters may have an empty piece on this rank.
+        idle = [self._training[id(p)] for p in parameters if id(p) in self._training and p.grad is None and p.numel()]
+        if news := [name for name in idle if name not in self._told]:
+            self._told.update(news)
+            rank_zero_warn(
+                f"{self._owner}: {len(news)} parameters train in phase {self._phase}, but its first step gave them no "
+                f"gradient: {_some(news)}. The forward pass does not use them, or gradient checkpointing cuts the "
+                "graph above frozen layers (use_reentrant=False cures that)"
+            )
+
+    def _refuse_what_else_freezes(self, parameters: Sequence[nn.Parameter]) -> None:
         wrong = [self._training[id(p)] for p in parameters if id(p) in self._training and not p.requires_grad]
-        wrong += [
-            self._frozen[id(p)] for p in parameters if id(p) in self._frozen and (p.requires_grad or p.grad is not None)
-        ]
+        frozen = [p for p in parameters if id(p) in self._frozen]
+        wrong += [self._frozen[id(p)] for p in frozen if p.requires_grad or p.grad is not None]
         if wrong:
             raise RuntimeError(
                 f"{self._owner}: in the first step of phase {self._phase} these are not frozen, or not training, as "
                 f"the phase has it: {_some(wrong)}. Something else changes requires_grad or writes gradients: remove "
                 "the other callback that freezes, or the code in the module that does"
-            )
-        idle = [self._training[id(p)] for p in parameters if id(p) in self._training and p.grad is None]
-        if idle:
-            rank_zero_warn(
-                f"{self._owner}: {len(idle)} parameters train in phase {self._phase}, but its first step gave them no "
-                f"gradient: {_some(idle)}. The forward pass does not use them, or gradient checkpointing cuts the "
-                "graph above frozen layers (use_reentrant=False cures that)"
             )
 
     def remove(self) -> None:

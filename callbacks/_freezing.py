@@ -28,6 +28,7 @@ class Freezing:
         self.plan = plan
         self._stage: int | None = None
         self._audit: FirstStep | None = None
+        self._told: set[str] = set()
 
     def enter(self, trainer: Trainer, stage: int) -> None:
         """Make the module what ``stage`` asks for. Call on all ranks at the same step, between accumulation windows.
@@ -41,7 +42,7 @@ class Freezing:
             RuntimeError: Ranks differ.
         """
         if self._stage is None:
-            check_optimizers(self.owner, self.plan, trainer.optimizers)
+            check_optimizers(self.owner, self.plan, trainer)
             self._warn_of_tied_embeddings(trainer, stage)
         self._check_ranks(trainer, stage)
         parameters = list(trainer.lightning_module.parameters())
@@ -52,7 +53,7 @@ class Freezing:
             rewrap_ddp(trainer)
         if changed or stage != self._stage:
             self._stop_audit()
-            self._audit = FirstStep(self.owner, self.plan, stage, trainer.optimizers)
+            self._audit = FirstStep(self.owner, self.plan, stage, trainer.optimizers, self._told)
             self._log(trainer, stage)
         self._stage = stage
 

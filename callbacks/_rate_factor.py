@@ -12,10 +12,20 @@ class RateFactor:
     """Multiplies the rates while ``step()`` runs (a pre- and a post-hook): schedulers and state dicts never see it.
 
     Args:
+        owner: Name of the callback, for messages.
         optimizers: The trainer's.
+
+    Raises:
+        ValueError: An optimiser has no rate to multiply.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+    def __init__(self, owner: str, optimizers: Sequence[Optimizer]) -> None:
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer) or any(group.get("lr") is None for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{owner}: a phase's lr and warmup multiply learning rates, and {type(optimizer).__name__} has "
+                    "none of its own (a wrapper, or relative steps): leave out lr= and warmup=, or give it a rate"
+                )
         self.value = 1.0
         self._own: dict[int, list[tuple[dict[str, Any], Any]]] = {}
         self._handles = [

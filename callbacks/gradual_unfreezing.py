@@ -15,7 +15,7 @@ from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.norms import norm_parameters
-from lightning_ft.core.phases import Phase, Stage, check_order, due_stage
+from lightning_ft.core.phases import Phase, Stage, check_order, check_phases, due_stage, one_after_the_other
 from lightning_ft.core.plateau import Plateau
 from lightning_ft.core.schedule import Duration, Progress
 from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
@@ -97,7 +97,11 @@ class GradualUnfreezing(Callback):
         if norms not in ("follow", "always"):
             raise ValueError(f"norms={norms!r} must be 'follow' or 'always'")
         if phases is not None:
-            _check_phases(phases, every != "1 epoch", (groups_per_step, start, until) != (1, 1, None))
+            check_phases(phases)
+            if (groups_per_step, start, until) != (1, 1, None):
+                raise ValueError("phases= says what trains: pass it without groups_per_step=, start= and until=")
+            if every != "1 epoch" and any(phase.at is not None for phase in phases):
+                raise ValueError("every= and the phases' at= both say when: pass only one of them")
         self.groups_per_step = groups_per_step
         self.start = start
         self.until = until
@@ -139,8 +143,7 @@ class GradualUnfreezing(Callback):
             stages = [Stage(chosen) for chosen in names]
         if isinstance(self.every, Plateau) or any(stage.begins for stage in stages):
             return stages
-        every = self.every
-        return [Stage(s.groups, every.times(i) if i else None, s.lr, s.warmup) for i, s in enumerate(stages)]
+        return one_after_the_other(stages, self.every)
 
     def _plan(self, module: LightningModule, groups: LayerGroups, stages: list[Stage]) -> FreezePlan:
         always = norm_parameters(module) if self.norms == "always" else ()
@@ -179,7 +182,7 @@ class GradualUnfreezing(Callback):
         self._freezing = Freezing(type(self).__name__, plan)
         self._freezing.enter(trainer, self._stage)
         if any(stage.lr != 1 or stage.warmup for stage in self._stages):
-            self._rates = RateFactor(trainer.optimizers)
+            self._rates = RateFactor(type(self).__name__, trainer.optimizers)
 
     def _check_times(self, trainer: Trainer) -> None:
         now = training_progress(trainer, 0)
@@ -233,12 +236,12 @@ class GradualUnfreezing(Callback):
         self._release()
 
     def _release(self) -> None:
-        for part in (self._freezing, self._rates):
-            if isinstance(part, Freezing):
-                part.release()
-            elif part is not None:
-                part.remove()
-        self._freezing = self._rates = None
+        if self._rates is not None:
+            self._rates.remove()
+            self._rates = None
+        if self._freezing is not None:
+            self._freezing.release()
+            self._freezing = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -259,18 +262,3 @@ class GradualUnfreezing(Callback):
         self._due = state_dict["due"]
         if self._metric is not None and state_dict["metric"] is not None:
             self._metric.load_state_dict(state_dict["metric"])
-
-
-def _check_phases(phases: list[Phase], other_when: bool, other_what: bool) -> None:
-    if not phases or not all(isinstance(phase, Phase) for phase in phases):
-        raise ValueError(f"phases={phases!r} must be a list of one Phase(train=..., at=...) or more")
-    if other_what:
-        raise ValueError("phases= says what trains: pass it without groups_per_step=, start= and until=")
-    first, *rest = (phase.at for phase in phases)
-    if first is not None:
-        raise ValueError(f"phases[0] begins at the start of training: leave out its at={first!r}")
-    if any(at is None for at in rest) and any(at is not None for at in rest):
-        raise ValueError("phases: give at= to all of them but the first, or to none, and every= decides")
-    if other_when and any(at is not None for at in rest):
-        raise ValueError("every= and the phases' at= both say when: pass only one of them")
-    check_order([phase.stage(()) for phase in phases], steps_per_epoch=float("nan"), total_steps=float("nan"))

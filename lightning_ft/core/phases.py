@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import nan
 
 from lightning_ft.core.schedule import Duration, Progress
 
@@ -71,6 +72,27 @@ class Stage:
             [0.0, 0.125, 0.5, 0.5]
         """
         return self.lr if self.warmup is None else self.lr * min(1.0, self.warmup.share(passed))
+
+
+def check_phases(phases: Sequence[Phase]) -> None:
+    """Refuse phases that cannot follow one another.
+
+    Raises:
+        ValueError: There is none, the first has a time, some others have and some have not, or the times do not grow.
+    """
+    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"phases={phases!r} must be a list of one Phase(train=..., at=...) or more")
+    first, *rest = (phase.at for phase in phases)
+    if first is not None:
+        raise ValueError(f"phases[0] begins at the start of training: leave out its at={first!r}")
+    if any(at is None for at in rest) and any(at is not None for at in rest):
+        raise ValueError("phases: give at= to all of them but the first, or to none, and every= decides")
+    check_order([phase.stage(()) for phase in phases], steps_per_epoch=nan, total_steps=nan)
+
+
+def one_after_the_other(stages: Sequence[Stage], every: Duration) -> list[Stage]:
+    """The stages with a time each: the n-th begins after n times ``every``."""
+    return [replace(stage, begins=every.times(i) if i else None) for i, stage in enumerate(stages)]
 
 
 def due_stage(stages: Sequence[Stage], progress: Progress) -> int:

@@ -67,6 +67,15 @@ def test_refuses_at_once_to_train_what_no_optimiser_holds() -> None:
         Stranger("forgetful", Forgetful).fit(GradualUnfreezing(every="1 epoch"))
 
 
+def test_refuses_an_optimiser_of_another_model() -> None:
+    class Mistaken(Filtered):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(Filtered().parameters(), lr=0.1)
+
+    with pytest.raises(ValueError, match="41 parameters are to train and are in no optimiser"):
+        Stranger("mistaken", Mistaken).fit(GradualUnfreezing())
+
+
 def test_parts_that_never_train_need_no_optimiser() -> None:
     Stranger("forgetful", Forgetful).fit(Frozen("head"), max_epochs=1)
     module = Forgetful()
@@ -103,9 +112,15 @@ class Idle(Filtered):
         self.spare = nn.Linear(2, 2)
 
 
-def test_tells_once_a_phase_of_parameters_without_gradient() -> None:
+def test_tells_of_parameters_without_gradient() -> None:
     with pytest.warns(UserWarning, match=r"2 parameters train in phase 1, .* no gradient: spare\.weight") as caught:
         Stranger("idle", Idle).fit(Frozen("head"))
+    assert sum("no gradient" in str(warning.message) for warning in caught) == 1
+
+
+def test_tells_of_a_parameter_once_in_a_fit() -> None:
+    with pytest.warns(UserWarning, match="spare") as caught:
+        Stranger("idle", Idle).fit(GradualUnfreezing("2 steps"))
     assert sum("no gradient" in str(warning.message) for warning in caught) == 1
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 import pytest
 import torch
+import transformers
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
@@ -235,6 +236,17 @@ def test_a_step_that_raises_leaves_no_factor() -> None:
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer.fit(module)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
+
+
+def test_refuses_a_factor_where_there_is_no_rate() -> None:
+    class Relative(Filtered):
+        def configure_optimizers(self) -> Any:
+            return transformers.Adafactor(self.parameters())
+
+    message = "lr and warmup multiply learning rates, and Adafactor has none"
+    with pytest.raises(ValueError, match=message):
+        Stranger("relative", Relative).fit(GradualUnfreezing(phases=[Phase("all", lr=0.5)]))
+    Stranger("relative", Relative).fit(GradualUnfreezing(phases=[Phase("head"), Phase("all", at=0.5)]))
 
 
 def test_stages_tell_when_each_begins() -> None:
