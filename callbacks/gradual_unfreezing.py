@@ -164,7 +164,6 @@ class GradualUnfreezing(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._release()
         groups = self.groups(pl_module)
         self._stages = self._stages_of(groups)
         self._check_times(trainer)
