@@ -216,7 +216,8 @@ class GradualUnfreezing(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._metric is None or self._freezing is None or trainer.sanity_checking or self._due:
+        # The sanity check comes before on_train_start, and trainer.validate() without it: there is no stage then.
+        if self._metric is None or self._freezing is None or self._due:
             return
         if self._stage < self._freezing.plan.last_stage:
             self._due = self._metric.observe(trainer, pl_module)

@@ -15,6 +15,8 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
+from lightning_ft.callbacks._rate_factor import RateFactor
+from lightning_ft.callbacks.discriminative_lr import _SplitWhileStepping
 from lightning_ft.core import LayerGroups, Layers
 from lightning_ft.core.norms import is_norm
 from lightning_ft.core.phases import Phase, Stage
@@ -208,6 +210,23 @@ def test_rates_of_a_phase_are_scaled_while_stepping_only(turned: bool) -> None:
             expected = 0.1 * 0.9**step * depth[group[name]] * ramp(step)
             assert rate == pytest.approx(expected, rel=0.05, abs=1e-6), (step, name)
     assert [g["lr"] for g in trainer.optimizers[0].param_groups] == pytest.approx([0.1 * 0.9**12] * len(group))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_factors_of_phase_and_depth_multiply_whichever_was_there_first(first: bool) -> None:
+    low, high = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([low, high], lr=1.0)
+    phase = RateFactor("owner", [optimizer]) if first else None
+    depth = _SplitWhileStepping(optimizer, {id(low): 0.5, id(high): 1.0})
+    phase = phase or RateFactor("owner", [optimizer])
+    phase.value = 0.25
+    for step in (1, 2):
+        low.grad, high.grad = torch.ones(1), torch.ones(1)
+        optimizer.step()
+        assert (low.item(), high.item()) == (-0.125 * step, -0.25 * step)
+        assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(1.0, 2)]
+    phase.remove()
+    depth.remove()
 
 
 def test_warmup_in_parts_of_training_and_of_epochs() -> None:
