@@ -28,6 +28,17 @@ def training_progress(trainer: Trainer, batch_idx: int) -> Progress:
     return Progress(trainer.global_step, epoch, min(1.0, max(fractions)) if fractions else None)
 
 
+def training_length(trainer: Trainer) -> tuple[float, float]:
+    """Optimiser steps an epoch, and in all; nan where they cannot be told (manual optimisation, an endless loader)."""
+    batches = trainer.num_training_batches
+    if not (math.isfinite(batches) and trainer.lightning_module.automatic_optimization):
+        return math.nan, math.nan
+    per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+    limit = trainer.max_steps if trainer.max_steps is not None and trainer.max_steps > 0 else math.inf
+    return per_epoch, min(per_epoch * epochs, limit)
+
+
 def rewrap_ddp(trainer: Trainer) -> None:
     """Wrap the model anew after ``requires_grad`` flags changed. Call on all ranks at the same step.
 

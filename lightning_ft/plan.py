@@ -8,9 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
+from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.phases import Stage
 from lightning_ft.core.report import Report
-from lightning_ft.core.schedule import Duration
 from lightning_ft.modules import TransformerModule
 
 
@@ -36,24 +37,21 @@ def plan(trainer: Trainer, model: LightningModule, datamodule: LightningDataModu
     facts = {"optimiser steps": _number(total), "optimiser steps per epoch": _number(per_epoch)}
 
     live = [name for name in groups if any(p.requires_grad for p in groups.parameters(name))]
-    freeze_plan = unfreezing.plan(model) if unfreezing else None
-    phases = freeze_plan.phases if freeze_plan else (tuple(live),)
-    length = unfreezing.every.steps(steps_per_epoch=per_epoch, total_steps=total) if unfreezing else 0.0
-    size = {name: sum(p.numel() for p in groups.parameters(name) if p.requires_grad) for name in groups}
+    stages = unfreezing.stages(model) if unfreezing else [Stage(tuple(live))]
+    freeze_plan = unfreezing.plan(model) if unfreezing else FreezePlan(groups, [live])
     everything = sum(p.numel() for p in model.parameters())
     rows: list[dict[str, Any]] = []
-    for stage, phase in enumerate(phases):
-        begins = stage * length
-        trains = sum(size[name] for name in phase)
+    for number, stage in enumerate(stages):
+        trains = freeze_plan.trainable_parameters(number)
         rows.append(
             {
-                "phase": stage + 1,
-                "from": _begin(unfreezing, stage, begins, total),
-                "trains": _span(phase),
+                "phase": number + 1,
+                "from": "start" if number == 0 else _begin(unfreezing, stage, per_epoch, total),
+                "trains": _span(stage.groups),
                 "parameters": trains,
                 "share %": round(100 * trains / everything, 1),
-                "lowest LR": min(rates[name] for name in phase),
-                "highest LR": max(rates[name] for name in phase),
+                "lowest LR": stage.lr * min(rates[name] for name in stage.groups),
+                "highest LR": stage.lr * max(rates[name] for name in stage.groups),
             }
         )
     if rows[-1]["from"] == "never":
@@ -94,11 +92,12 @@ def _steps(trainer: Trainer, model: LightningModule, data: LightningDataModule |
     return per_epoch, total
 
 
-def _begin(unfreezing: GradualUnfreezing | None, stage: int, step: float, total: float) -> str:
-    if unfreezing is None or stage == 0:
-        return "start"
+def _begin(unfreezing: GradualUnfreezing | None, stage: Stage, per_epoch: float, total: float) -> str:
+    if stage.begins is None:
+        return str(unfreezing.every) if unfreezing else "start"
+    step = stage.begins.steps(steps_per_epoch=per_epoch, total_steps=total)
     if math.isnan(step):
-        return str(Duration(stage * unfreezing.every.amount, unfreezing.every.unit))
+        return str(stage.begins)
     return "never" if step >= total else f"step {math.ceil(step):,}"
 
 

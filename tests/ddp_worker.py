@@ -14,6 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing, _freezing, _trainer
+from lightning_ft.core.phases import Phase
+from lightning_ft.core.plateau import Plateau
 from tests.strangers import BATCH, FILTERED, Filtered, dataset, weights
 
 RANKS = 2
@@ -34,6 +36,16 @@ class Module(Filtered):
         return DataLoader(TensorDataset(tokens[rank::world], labels[rank::world]), BATCH // world)
 
 
+class Scored(Module):
+    """Logs a value after each validation: on rank 0 it gets worse, so that phases end, on rank 1 it gets better."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("score", self.trainer.fit_loop.total_batch_idx * (-1.0 if self.trainer.global_rank else 1.0))
+
+
 class Trace(Callback):
     """All weights after each batch, and the number of tensors that trained in it."""
 
@@ -46,8 +58,24 @@ class Trace(Callback):
         self.trainable.append(sum(p.requires_grad for p in pl_module.parameters()))
 
 
+def metric(**arguments: Any) -> GradualUnfreezing:
+    return GradualUnfreezing(Plateau("score", reload_best=arguments.pop("reload_best", False)), **arguments)
+
+
+def phases() -> list[Phase]:
+    return [
+        Phase("head"),
+        Phase("top:1", "2 steps", 0.5),
+        Phase("blocks", "1 epoch", 2.0, "3 steps"),
+        Phase("all", 0.75),
+    ]
+
+
+Scenario = tuple[Any, dict[str, Any], dict[str, Any]]
+TWICE = {"limit_val_batches": 1, "val_check_interval": 3, "num_sanity_val_steps": 0}
+"""Two validations an epoch."""
 # Name to callbacks, options of the Trainer and options of DDPStrategy.
-SCENARIOS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+SCENARIOS: dict[str, Scenario] = {
     "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 5}, {}),
     "steps": (lambda: [GradualUnfreezing("2 steps")], {}, {}),
     "accumulation": (lambda: [GradualUnfreezing("0.5 epochs")], {"accumulate_grad_batches": 2, "max_epochs": 3}, {}),
@@ -63,28 +91,35 @@ SCENARIOS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
         {"accumulate_grad_batches": 2, "max_epochs": 3},
         {"find_unused_parameters": True},
     ),
+    "metric": (lambda: [metric()], {**TWICE, "max_epochs": 5}, {}),
+    "metric-best": (lambda: [metric(reload_best=True)], {**TWICE, "max_epochs": 5}, {}),
+    "phases": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing(phases=phases())], {}, {}),
+    "chain-thaw": (lambda: [GradualUnfreezing("2 steps", previous="freeze")], {}, {}),
+    "chain-thaw-metric": (lambda: [metric(previous="freeze")], {**TWICE, "max_epochs": 6}, {}),
+    "norms": (lambda: [GradualUnfreezing("2 steps", norms="always")], {}, {"find_unused_parameters": True}),
 }
-REFUSED = {"static-graph": (lambda: [GradualUnfreezing("2 steps")], {}, {"static_graph": True})}
-MUTANT = {"not-wrapped-anew": SCENARIOS["steps"]}
+REFUSED: dict[str, Scenario] = {
+    "static-graph": (lambda: [GradualUnfreezing("2 steps")], {}, {"static_graph": True}),
+    "missing-metric": (lambda: [GradualUnfreezing(Plateau("accuracy"))], TWICE, {}),
+}
+NOT_WRAPPED: dict[str, Scenario] = {"not-wrapped-anew": SCENARIOS["steps"]}
 """The same as "steps" while ``rewrap_ddp`` works at the first freeze only."""
+UNCHECKED: dict[str, Scenario] = {"not-wrapped-anew-unchecked": SCENARIOS["steps"]}
+"""The same once more without the comparison of the ranks."""
 
 
-def train(scenario: tuple[Any, dict[str, Any], dict[str, Any]], **single: Any) -> dict[str, Any]:
+def train(scenario: Scenario, **single: Any) -> dict[str, Any]:
     callbacks, options, ddp = scenario
     strategy = {"strategy": DDPStrategy(process_group_backend="gloo", **ddp), "devices": RANKS, **single}
     trace = Trace()
+    result: dict[str, Any] = {"trace": trace.weights, "trainable": trace.trainable}
+    module = Scored() if "limit_val_batches" in options else Module()
+    settings = {"limit_val_batches": 0, "use_distributed_sampler": False, **strategy, **options}
     try:
-        trainer = FILTERED.fit(
-            *callbacks(),
-            trace,
-            module=Module(),
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-            **{**strategy, **options},
-        )
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"trace": trace.weights, "trainable": trace.trainable, "weights": weights(trainer.lightning_module)}
+        trainer = FILTERED.fit(*callbacks(), trace, module=module, **settings)
+    except (ValueError, RuntimeError) as error:
+        return {**result, "error": str(error)}
+    return {**result, "weights": weights(trainer.lightning_module)}
 
 
 def main(rank: str, port: str, out: str) -> None:
@@ -93,13 +128,17 @@ def main(rank: str, port: str, out: str) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor")
     torch.set_num_threads(1)
     results = {name: train(scenario) for name, scenario in {**SCENARIOS, **REFUSED}.items()}
 
     calls: list[Any] = []
     _freezing.rewrap_ddp = lambda trainer: calls or calls.append(_trainer.rewrap_ddp(trainer))
-    results |= {name: train(scenario) for name, scenario in MUTANT.items()}
+    results |= {name: train(scenario) for name, scenario in NOT_WRAPPED.items()}
+    calls.clear()
+    _freezing.check_ranks = lambda *args: None
+    results |= {name: train(scenario) for name, scenario in UNCHECKED.items()}
     torch.save(results, Path(out) / f"{rank}.pt")
 
 

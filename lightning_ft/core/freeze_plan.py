@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 
-from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layer_groups import LayerGroups, Named
 
 
 class FreezePlan:
@@ -18,19 +18,29 @@ class FreezePlan:
     Args:
         groups: The partition of the model.
         phases: For each stage the names of the groups that train.
+        always: Parameters that train in every phase, whatever their group.
 
     Raises:
         ValueError: No phase, or a phase names a group that does not exist or in which nothing can train.
     """
 
-    def __init__(self, groups: LayerGroups, phases: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self,
+        groups: LayerGroups,
+        phases: Sequence[Sequence[str]],
+        *,
+        always: Collection[nn.Parameter] = (),
+    ) -> None:
         if not phases:
             raise ValueError("phases is empty: a plan needs one phase or more")
         unknown = sorted({name for phase in phases for name in phase} - set(groups))
         if unknown:
             raise ValueError(f"phases name {unknown}, but the model's groups are {list(groups)}")
         self.phases = tuple(tuple(phase) for phase in phases)
-        self._managed = {name: [p for p in groups.parameters(name) if p.requires_grad] for name in groups}
+        self._always = {id(p) for p in always}
+        self._managed = {
+            group: [(name, p) for name, p in groups.named_parameters(group) if p.requires_grad] for group in groups
+        }
         for stage, phase in enumerate(self.phases):
             if not any(self._managed[name] for name in phase):
                 raise ValueError(f"phase {stage} ({list(phase)}) has no parameter that can train")
@@ -40,9 +50,23 @@ class FreezePlan:
         """The stage that runs to the end of training."""
         return len(self.phases) - 1
 
+    def training(self, stage: int) -> list[Named]:
+        """Names and parameters of what trains at ``stage``, bottom to top."""
+        return [(name, p) for name, p, trains in self._flags(stage) if trains]
+
+    def frozen(self, stage: int) -> list[Named]:
+        """Names and parameters of what this plan freezes at ``stage``; not what its owner had frozen before."""
+        return [(name, p) for name, p, trains in self._flags(stage) if not trains]
+
     def trainable_parameters(self, stage: int) -> int:
         """Number of values that train at ``stage``."""
-        return sum(p.numel() for name in self.phases[stage] for p in self._managed[name])
+        return sum(p.numel() for _, p in self.training(stage))
+
+    def _flags(self, stage: int) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        phase = set(self.phases[stage])
+        for group, pairs in self._managed.items():
+            for name, parameter in pairs:
+                yield name, parameter, group in phase or id(parameter) in self._always
 
     def apply(self, stage: int) -> list[nn.Parameter]:
         """Set every managed parameter's ``requires_grad`` to what ``stage`` asks for.
@@ -53,18 +77,16 @@ class FreezePlan:
             The parameters that train now and did not before.
         """
         thawed = []
-        phase = set(self.phases[stage])
-        for name, parameters in self._managed.items():
-            for parameter in parameters:
-                if name in phase and not parameter.requires_grad:
-                    parameter.requires_grad_(True)
-                    thawed.append(parameter)
-                elif name not in phase:
-                    parameter.requires_grad_(False).grad = None
+        for _, parameter, trains in self._flags(stage):
+            if not trains:
+                parameter.requires_grad_(False).grad = None
+            elif not parameter.requires_grad:
+                parameter.requires_grad_(True)
+                thawed.append(parameter)
         return thawed
 
     def restore(self) -> None:
         """Make everything trainable again that was when the plan was made."""
-        for parameters in self._managed.values():
-            for parameter in parameters:
+        for pairs in self._managed.values():
+            for _, parameter in pairs:
                 parameter.requires_grad_(True)

@@ -26,6 +26,12 @@ class Progress:
     epoch: float
     fraction: float | None
 
+    def since(self, start: Progress) -> Progress:
+        """What has passed since ``start``."""
+        known = self.fraction is not None and start.fraction is not None
+        fraction = self.fraction - start.fraction if known else None  # type: ignore[operator]
+        return Progress(self.step - start.step, self.epoch - start.epoch, fraction)
+
 
 @dataclass(frozen=True)
 class Duration:
@@ -71,18 +77,32 @@ class Duration:
         """
         if self.unit == "steps":
             return progress.step // int(self.amount)
+        return math.floor(self.share(progress) + _ROUNDING)
+
+    def share(self, progress: Progress) -> float:
+        """How many stretches of this length have passed, the running one in part.
+
+        Raises:
+            ValueError: The duration is a fraction and training has no end.
+        """
+        if self.unit == "steps":
+            return progress.step / self.amount
         if self.unit == "epochs":
-            return math.floor(progress.epoch / self.amount + _ROUNDING)
+            return progress.epoch / self.amount
         if progress.fraction is None:
             raise ValueError(
                 f"{self.amount} is a fraction of a training that has no end: "
                 'set Trainer(max_epochs=...) or Trainer(max_steps=...), or write "500 steps" or "2 epochs"'
             )
-        return math.floor(progress.fraction / self.amount + _ROUNDING)
+        return progress.fraction / self.amount
 
     def steps(self, *, steps_per_epoch: float, total_steps: float) -> float:
         """The duration in optimiser steps."""
         return self.amount * {"steps": 1.0, "epochs": steps_per_epoch, "fraction": total_steps}[self.unit]
+
+    def times(self, count: int) -> Duration:
+        """A duration ``count`` times as long; a fraction may thus exceed 1, which never comes."""
+        return Duration(self.amount * count, self.unit)
 
     def __str__(self) -> str:
         return f"{self.amount:g} of training" if self.unit == "fraction" else f"{self.amount:g} {self.unit}"

@@ -6,18 +6,27 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.ddp_worker import MUTANT, RANKS, REFUSED, SCENARIOS, train
-from tests.strangers import UNITS
+from tests.ddp_worker import NOT_WRAPPED, RANKS, REFUSED, SCENARIOS, UNCHECKED, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 TENSORS = [4, 12, 12, 12, 1]
 """Of each unit: classifier and final norm, three blocks, the embedding."""
+GRADUAL = [4, 16, 28, 40, 41]
+CHAIN = [4, 1, 12, 41]
+TRAINABLE = {
+    "phases": [2, 14, 38, 41],
+    "chain-thaw": CHAIN,
+    "chain-thaw-metric": CHAIN,
+    # 14 tensors belong to norms, four of them to each block.
+    "norms": [16, 24, 32, 40, 41],
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +65,14 @@ def test_ranks_never_part_and_do_what_one_process_does(name: str, ranks: list[di
 
     single = train(SCENARIOS[name], strategy="auto", devices=1)
     assert first["trainable"] == second["trainable"] == single["trainable"]
-    assert len(set(single["trainable"])) == len(UNITS)
+    assert [count for count, _ in groupby(single["trainable"])] == TRAINABLE.get(name, GRADUAL)
     for a, b in zip(first["trace"], single["trace"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
 def test_ranks_part_where_the_model_is_not_wrapped_anew(ranks: list[dict[str, Any]]) -> None:
     """What the test above would show without ``rewrap_ddp``; it compares what can differ."""
-    (name,) = MUTANT
+    (name,) = UNCHECKED
     first, second = (rank[name] for rank in ranks)
     equal = [torch.equal(a, b) for a, b in zip(first["trace"], second["trace"], strict=True)]
     assert first["trainable"][:3] == [TENSORS[0], TENSORS[0], TENSORS[0] + TENSORS[1]]
@@ -71,6 +80,15 @@ def test_ranks_part_where_the_model_is_not_wrapped_anew(ranks: list[dict[str, An
     assert (first["trace"][-1] - second["trace"][-1]).abs().max() > 1e-3
 
 
-def test_static_graph_is_refused_with_the_remedy(ranks: list[dict[str, Any]]) -> None:
-    (name,) = REFUSED
-    assert all("remove static_graph=True" in rank[name]["error"] for rank in ranks)
+def test_the_audit_stops_ranks_that_have_parted(ranks: list[dict[str, Any]]) -> None:
+    (name,) = NOT_WRAPPED
+    for rank in ranks:
+        assert "GradualUnfreezing: at step 4 the trainable parameters differ between ranks" in rank[name]["error"]
+        assert len(rank[name]["trace"]) == 4
+
+
+def test_what_cannot_work_is_refused_with_the_remedy(ranks: list[dict[str, Any]]) -> None:
+    remedies = {"static-graph": "remove static_graph=True", "missing-metric": "logged were: score. Name one of these"}
+    assert remedies.keys() == REFUSED.keys()
+    for rank in ranks:
+        assert all(remedy in rank[name]["error"] for name, remedy in remedies.items())

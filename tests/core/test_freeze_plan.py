@@ -56,6 +56,18 @@ def test_what_was_frozen_is_never_touched(model: nn.ModuleDict, groups: LayerGro
     assert not model["b"].weight.requires_grad
 
 
+def test_what_always_trains(model: nn.ModuleDict, groups: LayerGroups) -> None:
+    model["b"].bias.requires_grad_(False)
+    plan = FreezePlan(groups, PHASES, always=[model["a"].bias, model["b"].bias])
+    plan.apply(0)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, False, False, True, True]
+    assert [name for name, _ in plan.training(0)] == ["a.bias", "c.weight", "c.bias"]
+    assert [name for name, _ in plan.frozen(0)] == ["a.weight", "b.weight"]
+    assert plan.trainable_parameters(0) == 8
+    plan.restore()
+    assert [p.requires_grad for p in model.parameters()] == [True, True, True, False, True, True]
+
+
 def test_refuses_phases_that_cannot_be(model: nn.ModuleDict, groups: LayerGroups) -> None:
     with pytest.raises(ValueError, match="phases is empty"):
         FreezePlan(groups, [])

@@ -76,3 +76,17 @@ def test_in_optimiser_steps(value: Any, steps: float, text: str) -> None:
     duration = Duration.parse(value, "every")
     assert duration.steps(steps_per_epoch=10, total_steps=40) == steps
     assert str(duration) == text
+
+
+def test_shares_of_what_has_passed() -> None:
+    passed = Progress(7, 2.5, 0.25).since(Progress(4, 2.0, 0.125))
+    assert passed == Progress(3, 0.5, 0.125)
+    assert Duration(4, "steps").share(passed) == 0.75
+    assert Duration(2, "epochs").share(passed) == 0.25
+    assert Duration(0.5, "fraction").share(passed) == 0.25
+    assert Progress(7, 2.5, None).since(Progress(4, 2.0, None)).fraction is None
+
+
+def test_multiples() -> None:
+    assert Duration(0.4, "fraction").times(3).count(Progress(9, 9, 1.0)) == 0
+    assert [Duration(0.1, "fraction").times(k).count(Progress(0, 0, k / 10)) for k in range(1, 10)] == [1] * 9
