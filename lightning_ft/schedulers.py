@@ -11,6 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
 
 
+# Until the length is known only step 0 is asked for, whose factor is the same for every long enough training.
+_ANY = 10**9
+
+
 @final
 class SlantedTriangular(LambdaLR):
     """A short steep rise of the learning rate and a long fall, ULMFiT's: see
@@ -120,6 +124,6 @@ def _known(total: int | None, factor: Callable[[int, int], float]) -> Callable[[
                 "total_steps=None is filled in by the command line alone: pass "
                 "total_steps=int(self.trainer.estimated_stepping_batches) in configure_optimizers"
             )
-        return factor(total or 1, step)
+        return factor(_ANY if total is None else total, step)
 
     return at

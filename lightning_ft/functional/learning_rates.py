@@ -106,8 +106,8 @@ def slanted_triangular(step: int, total: float, *, cut: float = 0.1, ratio: floa
     t = ``step``, T = ``total`` and n = ⌊T · ``cut``⌋, at least 1. It starts and ends at 1 / ratio, not at 0, and stays
     there after T. A pure function of the step, so that a resumed run continues exactly.
 
-    The paper's fall has the slope of n (1 / cut − 1), which is T − n where T · cut is a whole number; elsewhere it would
-    end above or below 1 / ratio, and here, as in AllenNLP, it does not.
+    The paper divides the fall by n (1 / cut − 1), which is T − n where T · cut is a whole number; elsewhere that would
+    not end at T, and this does, as in AllenNLP.
 
     Args:
         step: Optimiser steps done, from 0.
