@@ -10,7 +10,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
 
-
 # Until the length is known only step 0 is asked for, whose factor is the same for every long enough training.
 _ANY = 10**9
 
