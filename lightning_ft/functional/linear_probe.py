@@ -126,7 +126,7 @@ def linear_probe(
 
 
 def _checked(features: Tensor, labels: Tensor, outputs: int, problem: Problem) -> _Rows:
-    features, labels = features.double(), labels.squeeze(-1) if labels.ndim == 2 and outputs == 1 else labels
+    features, labels = features.double(), labels.squeeze(-1) if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if features.ndim != 2 or not len(features) or len(features) != len(labels):
         raise ValueError(
             f"features {tuple(features.shape)} must be (rows, features), one row or more, and labels "
