@@ -125,13 +125,13 @@ class LPFT(Callback):
         train = _gathered(trainer, inputs.collect(*self._training(trainer)))
         loader, limit = _validation(trainer)
         choice = None if loader is None else _gathered(trainer, inputs.collect(loader, "validation_step", limit))
-        probe = self._fit(trainer, layer, train, choice)
+        probe, rows, held_out = self._fit(trainer, layer, train, choice)
         with torch.no_grad():
             layer.weight.copy_(probe.weight)
             if layer.bias is not None:
                 layer.bias.copy_(probe.bias)
         self._done = True
-        self._tell(trainer, path, probe, len(train[1]), 0 if choice is None else len(choice[1]))
+        self._tell(trainer, path, probe, rows, held_out)
 
     def _training(self, trainer: Trainer) -> tuple[Any, str, float]:
         loader = trainer.train_dataloader
@@ -145,12 +145,12 @@ class LPFT(Callback):
             )
         return loader, "training_step", limit
 
-    def _fit(self, trainer: Trainer, layer: nn.Linear, train: Any, choice: Any) -> LinearProbe:
+    def _fit(self, trainer: Trainer, layer: nn.Linear, train: Any, choice: Any) -> tuple[LinearProbe, int, int]:
         """On rank 0, for all: also what goes wrong there, since ranks that wait for it would hang."""
-        result: LinearProbe | Exception | None = None
+        result: tuple[LinearProbe, int, int] | Exception | None = None
         if trainer.is_global_zero:
             try:
-                result = linear_probe(
+                probe = linear_probe(
                     *train,
                     outputs=layer.out_features,
                     problem=self.problem or _problem(train[1], layer.out_features),
@@ -158,6 +158,7 @@ class LPFT(Callback):
                     bias=layer.bias is not None,
                     penalties=self.penalties,
                 )
+                result = probe, len(train[1]), 0 if choice is None else len(choice[1])
             except (ValueError, ImportError) as error:
                 result = error
         result = trainer.strategy.broadcast(result, src=0)

@@ -456,13 +456,15 @@ def ddp() -> list[Any]:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
-    several = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2} if "RANK" in os.environ else {}
+    def several() -> dict[str, Any]:
+        return {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2} if "RANK" in os.environ else {}
+
     start, callback = AtStart(), probe()
-    trainer = FILTERED.fit(callback, start, module=Module(), use_distributed_sampler=False, **several)
+    trainer = FILTERED.fit(callback, start, module=Module(), use_distributed_sampler=False, **several())
     assert callback.report is not None
     missing = LPFT(labels=lambda batch: batch[1] * 0)
     try:
-        FILTERED.fit(missing, module=Module(), use_distributed_sampler=False, **several)
+        FILTERED.fit(missing, module=Module(), use_distributed_sampler=False, **several())
     except ValueError as error:
         message = str(error)
     return [start.weights, weights(trainer.lightning_module), dict(callback.report.facts), message]
