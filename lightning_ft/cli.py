@@ -22,6 +22,7 @@ from lightning.pytorch.cli import (
     LRSchedulerTypeUnion,
     ReduceLROnPlateau,
     SaveConfigCallback,
+    instantiate_class,
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -31,13 +32,15 @@ from typing_extensions import override
 from lightning_ft import callbacks as _callbacks
 from lightning_ft import data as _data
 from lightning_ft import modules as _modules
+from lightning_ft import schedulers as _schedulers
 from lightning_ft.callbacks import ExactResume, TrainingModeCheck, WritePredictions
+from lightning_ft.functional import decay_groups
 from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 from lightning_ft.plan import plan
 from lightning_ft.plugins import AtomicCheckpointIO
 
 # jsonargparse finds classes by their short names, in YAML and in --trainer.callbacks+=Name, once these are imported.
-_NAMED_IN_YAML = (_callbacks, _data, _modules)
+_NAMED_IN_YAML = (_callbacks, _data, _modules, _schedulers)
 # What head and data must agree on: written once, with the model. A class that has no such argument is not asked.
 _SHARED = (
     *("problem", "scheme", "patterns", "verbalizer", "decoder", "calibrate"),
@@ -118,17 +121,43 @@ class FineTuningCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
-    @staticmethod
     @override
-    def configure_optimizers(
+    def configure_optimizers(  # type: ignore[override]  # of the instance: it needs the configuration
+        self,
         lightning_module: LightningModule,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: LRSchedulerTypeUnion | None = None,
     ) -> Any:
+        """What --optimizer and --lr_scheduler ask for.
+
+        Lightning has built both already, from bare parameters and before there was a trainer. An optimiser of a module
+        of ours gets the groups that the module's own has, so that biases and norms do not decay; the scheduler is made
+        anew over it, and is told the number of steps where it takes ``total_steps`` and was given none.
+        """
+        weight_decay = optimizer.defaults.get("weight_decay")
+        if isinstance(lightning_module, _modules.TransformerModule) and weight_decay:
+            optimizer.param_groups.clear()
+            for group in decay_groups(lightning_module.parameters(), weight_decay):
+                optimizer.add_param_group(group)
+        if lr_scheduler is not None:
+            lr_scheduler = instantiate_class(optimizer, self._scheduler_config(lightning_module.trainer))
         # Lightning would step them once an epoch: a warm-up of 100 steps would last 100 epochs.
         if lr_scheduler is None or isinstance(lr_scheduler, ReduceLROnPlateau):
             return LightningCLI.configure_optimizers(lightning_module, optimizer, lr_scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": lr_scheduler, "interval": "step"}}
+
+    def _scheduler_config(self, trainer: Trainer) -> dict[str, Any]:
+        config = self._get(self.config_init, "lr_scheduler")
+        arguments = dict(config.get("init_args", {}))
+        if "total_steps" in arguments and arguments["total_steps"] is None:
+            total = trainer.estimated_stepping_batches
+            if not 0 < total < float("inf"):
+                raise ValueError(
+                    f"--lr_scheduler {config['class_path'].rsplit('.', 1)[-1]} spans a training that has no end: set "
+                    "--trainer.max_epochs, --trainer.max_steps, or --lr_scheduler.total_steps"
+                )
+            arguments["total_steps"] = int(total)
+        return {"class_path": config["class_path"], "init_args": arguments}
 
     @override
     def before_instantiate_classes(self) -> None:

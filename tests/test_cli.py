@@ -17,8 +17,10 @@ import yaml
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from lightning_ft import cli
+from lightning_ft.callbacks import TrainingModeCheck
 from lightning_ft.cli import FineTuningCLI, checkpoint_labels, last_checkpoint, run_folder
 from lightning_ft.demo import CONFIG
+from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
 
@@ -311,6 +313,55 @@ def test_schedulers_of_the_command_line_step_by_step(project: Path) -> None:
         *("--lr_scheduler", "StepLR", "--lr_scheduler.step_size", "1", "--lr_scheduler.gamma", "0.5"),
     )
     assert [path.name for path in (project / "runs").iterdir()] == ["run_0"]
+
+
+def in_this_process(project: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> FineTuningCLI:
+    """A fit without starting Python anew."""
+    monkeypatch.chdir(project)
+    command = ["lightning-ft", "fit", "--config", "config.yaml", "--trainer.logger", "false"]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    return cli.run()
+
+
+# What Lightning and jsonargparse say of each other's older spellings is no concern of these.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("scheduler", "factor"),
+    [
+        (("SlantedTriangular", "--lr_scheduler.cut", "0.2"), lambda step: slanted_triangular(step, 13, cut=0.2)),
+        (("WarmupThen", "--lr_scheduler.warmup", "0.25"), warmup_then("linear", total_steps=13, warmup_steps=3)),
+        (("WarmupThen", "--lr_scheduler.total_steps", "40"), warmup_then("linear", total_steps=40, warmup_steps=4)),
+        (("ExponentialLR", "--lr_scheduler.gamma", "0.5"), lambda step: 0.5**step),
+    ],
+    ids=["triangle", "warm-up", "given steps", "torch's own"],
+)
+def test_optimiser_and_scheduler_of_the_command_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, scheduler: tuple[str, ...], factor: Any
+) -> None:
+    rates: dict[int, list[float]] = {}
+
+    def record(self: Any, trainer: Any, *args: Any) -> None:
+        rates[trainer.global_step] = [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+    monkeypatch.setattr(TrainingModeCheck, "on_train_batch_start", record)
+    done = in_this_process(
+        project,
+        monkeypatch,
+        *("--optimizer", "AdamW", "--optimizer.lr", "0.01", "--optimizer.weight_decay", "0.25"),
+        *("--trainer.max_steps", "13", "--lr_scheduler", *scheduler),
+    )
+    matrices, vectors = done.trainer.optimizers[0].param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.25, 0.0)
+    assert {p for p in done.model.parameters() if p.ndim >= 2} == set(matrices["params"])
+    assert {p for p in done.model.parameters() if p.ndim < 2} == set(vectors["params"])
+    assert rates == {step: [pytest.approx(0.01 * factor(step), abs=1e-12)] * 2 for step in range(13)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_scheduler_over_an_endless_training_says_what_to_set(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--trainer.max_epochs", "-1", "--optimizer", "SGD", "--optimizer.lr", "0.1"]
+    with pytest.raises(ValueError, match=r"--lr_scheduler SlantedTriangular spans .* no end: set --trainer.max_epochs"):
+        in_this_process(project, monkeypatch, *arguments, "--lr_scheduler", "SlantedTriangular")
 
 
 def test_callbacks_are_added_by_short_name_and_a_dry_run_leaves_no_checkpoint(project: Path) -> None:

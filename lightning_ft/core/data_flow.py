@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -20,13 +21,17 @@ from lightning_ft.core.sharding import unwrapped
 
 
 def first_fed(
-    module: nn.Module, blocks: Sequence[nn.Module], shapes: Mapping[nn.Parameter, torch.Size] | None = None
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    shapes: Mapping[nn.Parameter, torch.Size] | None = None,
+    runs: Counter[int] | None = None,
 ) -> tuple[dict[nn.Parameter, int], Exception | None]:
     """The first block whose input each parameter reaches in a forward pass (``len(blocks)``: only the output).
 
     Walks the autograd graph of a copy of ``module`` on the meta device, run on token ids. Where the run breaks off,
     what was learnt before counts, and the error is returned; empty where the first block run takes no hidden state.
-    ``shapes`` are the whole shapes of parameters of which this process holds a piece.
+    ``shapes`` are the whole shapes of parameters of which this process holds a piece; ``runs`` counts how often each
+    block is run.
     """
     feeds: dict[nn.Parameter, int] = {}
     twins: dict[nn.Module, nn.Module] = {}
@@ -45,6 +50,8 @@ def first_fed(
                     feeds.setdefault(original, index)
 
     def enter(index: int, _: nn.Module, args: Any, kwargs: Any) -> None:
+        if runs is not None:
+            runs[index] += 1
         if index not in met:
             met.add(index)
             if not next(_tensors((args, kwargs))).requires_grad:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, permutations
 from typing import final
@@ -35,6 +36,7 @@ class LayerGroups:
     Args:
         module: The module whose parameters are grouped.
         groups: Group name to ``(parameter name, parameter)`` pairs, bottom to top.
+        shared: Names of groups that one forward pass runs several times.
 
     Raises:
         ValueError: A parameter of ``module`` is in no group, in two groups, or a stranger to ``module``. Parameters
@@ -66,7 +68,11 @@ class LayerGroups:
         ('head', 0)
     """
 
-    def __init__(self, module: nn.Module, groups: Mapping[str, Iterable[Named]]) -> None:
+    def __init__(
+        self, module: nn.Module, groups: Mapping[str, Iterable[Named]], *, shared: Collection[str] = ()
+    ) -> None:
+        self.shared = tuple(name for name in groups if name in shared)
+        """Blocks that one forward pass runs several times (ALBERT's), so that they stand at no one depth."""
         members = {name: tuple(pairs) for name, pairs in groups.items()}
         self._members = {name: pairs for name, pairs in members.items() if pairs}
         # Parameters hash by identity, and a dict looks at identity before it ever compares values.
@@ -128,14 +134,14 @@ class LayerGroups:
         if groups is not None:
             if blocks is not None or head is not None:
                 raise ValueError("groups= says all by itself: pass it without blocks= and head=")
-            labels, depth = list(groups), _depth_by_regex(names, groups)
+            labels, depth, runs = list(groups), _depth_by_regex(names, groups), Counter[int]()
         else:
             paths = _paths(module, "blocks", blocks), _paths(module, "head", head)
-            labels, depth = _depth_by_structure(module, *paths, full_shapes(module))
+            labels, depth, runs = _depth_by_structure(module, *paths, full_shapes(module))
         members: dict[str, list[Named]] = {label: [] for label in labels}
         for name, parameter in named_plain_parameters(module):
             members[labels[depth[parameter]]].append((name, parameter))
-        return cls(module, members)
+        return cls(module, members, shared=[labels[i] for i, count in runs.items() if count > 1])
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -283,8 +289,8 @@ def _depth_by_regex(names: Sequence[Named], groups: Mapping[str, str]) -> dict[n
 
 def _depth_by_structure(
     module: nn.Module, blocks: list[str], heads: list[str], shapes: Shapes
-) -> tuple[list[str], dict[nn.Parameter, int]]:
-    """Names of the groups, and for each parameter the index of its group."""
+) -> tuple[list[str], dict[nn.Parameter, int], Counter[int]]:
+    """Names of the groups, for each parameter the index of its group, and how often each group is run."""
     stacks, stacked = (_given_stacks(module, blocks), True) if blocks else _find_stacks(module, shapes)
     paths = blocks or [stack.path for stack in stacks]
     if trapped := [path for path in paths if any(_inside(path, h) for h in heads)]:
@@ -301,11 +307,14 @@ def _depth_by_structure(
         for i, block in enumerate(stack.blocks)
         for p in block.parameters()
     )
+    runs = Counter[int]()
     for stack, start, size in zip(stacks, starts, sizes, strict=True):
         after = start + size - 1 if stacked and stack is not stacks[-1] else tail
-        around = _around(module, stack, backed - depth.keys(), bool(heads), shapes)
+        alone = Counter[int]()
+        around = _around(module, stack, backed - depth.keys(), bool(heads), shapes, alone)
+        runs |= Counter({start + i: count for i, count in alone.items()})  # the higher of two, where stacks are merged
         depth |= {p: 0 if k == 0 else start + k - 1 if k < size else after for p, k in around.items()}
-    return labels, {p: depth.get(p, tail if heads and p in backed else head) for _, p in named}
+    return labels, {p: depth.get(p, tail if heads and p in backed else head) for _, p in named}, runs
 
 
 def _block_labels(module: nn.Module, paths: list[str], stacked: bool) -> list[str]:
@@ -319,13 +328,17 @@ def _block_labels(module: nn.Module, paths: list[str], stacked: bool) -> list[st
 
 
 def _around(
-    module: nn.Module, stack: _Stack, rest: set[nn.Parameter], headed: bool, shapes: Shapes
+    module: nn.Module, stack: _Stack, rest: set[nn.Parameter], headed: bool, shapes: Shapes, runs: Counter[int]
 ) -> dict[nn.Parameter, int]:
-    """Which block each parameter of ``rest`` in the backbone feeds first; the number of blocks if it feeds none."""
+    """Which block each parameter of ``rest`` in the backbone feeds first; the number of blocks if it feeds none.
+
+    ``runs`` counts how often each block is run in one forward pass.
+    """
     errors = []
     for owner in stack.owners:
         backbone = _at(module, owner)
-        feeds, error = first_fed(backbone, stack.blocks, shapes)
+        runs.clear()
+        feeds, error = first_fed(backbone, stack.blocks, shapes, runs)
         if feeds:
             break
         errors.append(f"{plain_class(backbone).__name__}.forward: {error!r}"[:200])

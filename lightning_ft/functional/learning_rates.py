@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
+from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.sharding import full_shapes, is_piece
 
 _BLOCK = re.compile(r"(?:(?P<stack>.+)\.)?block\.(?P<index>\d+)")
+# 0.29 * 100 is 28.999...: it must count as 29.
+_ROUNDING = 1e-9
 
 
 def depth_multipliers(groups: Sequence[str], *, decay: float = 0.9, head_gap: int = 1) -> dict[str, float]:
@@ -54,6 +57,87 @@ def depth_multipliers(groups: Sequence[str], *, decay: float = 0.9, head_gap: in
         below[stack] = exponents[name] + 1
         deepest = max(deepest, below[stack])
     return {name: decay**exponent for name, exponent in exponents.items()}
+
+
+def explicit_multipliers(groups: LayerGroups, rates: Mapping[str, float]) -> dict[str, float]:
+    """Learning-rate factors written out: for each group that ``rates`` speaks of, its factor.
+
+    Args:
+        groups: The model's groups.
+        rates: What :meth:`~lightning_ft.core.LayerGroups.select` takes (``"head"``, ``"top:2"``,
+            ``"block.0..block.3"``) to the factor on the learning rate, above 0; more than 1 is faster.
+
+    Raises:
+        ValueError: A factor is not above 0 or not finite; two entries speak of one group; one matches none.
+
+    Example:
+        >>> from torch import nn
+        >>> tower = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> groups = LayerGroups.of(tower, groups={"block.0": "^0", "block.1": "^1", "head": "^2"})
+        >>> explicit_multipliers(groups, {"blocks": 0.1, "head": 10.0})
+        {'block.0': 0.1, 'block.1': 0.1, 'head': 10.0}
+    """
+    factors: dict[str, float] = {}
+    said: dict[str, str] = {}
+    for what, factor in rates.items():
+        check_rate(what, factor)
+        for name in groups.select(what):
+            if name in said:
+                raise ValueError(f"rates speaks of {name!r} twice, as {said[name]!r} and as {what!r}: say it once")
+            said[name], factors[name] = what, float(factor)
+    return {name: factors[name] for name in groups if name in factors}
+
+
+def check_rate(what: str, factor: float) -> None:
+    """Refuse a factor on the learning rate that is none.
+
+    Raises:
+        ValueError: It is not above 0, or not finite.
+    """
+    if not 0 < factor < math.inf:
+        raise ValueError(
+            f"rates[{what!r}]={factor!r} must be a factor above 0; to keep layers from training use the callback Freeze"
+        )
+
+
+def slanted_triangular(step: int, total: float, *, cut: float = 0.1, ratio: float = 32.0) -> float:
+    """The factor on the learning rate in a slanted triangle: a short steep rise to 1, a long fall.
+
+    factor = (1 + p (ratio − 1)) / ratio, with p = t / n for t < n, else 1 − (t − n) / (T − n), never below 0, where
+    t = ``step``, T = ``total`` and n = ⌊T · ``cut``⌋, at least 1. It starts and ends at 1 / ratio, not at 0, and stays
+    there after T. A pure function of the step, so that a resumed run continues exactly.
+
+    The paper divides the fall by n (1 / cut − 1), which is T − n where T · cut is a whole number; elsewhere that would
+    not end at T, and this does, as in AllenNLP.
+
+    Args:
+        step: Optimiser steps done, from 0.
+        total: Optimiser steps in all.
+        cut: Share of them in which the rate rises, in (0, 1); 0.1 in the paper.
+        ratio: How much smaller the lowest rate is than the highest, 1 or more; 32 in the paper.
+
+    Raises:
+        ValueError: ``cut`` or ``ratio`` is out of range, or training has no end.
+
+    Example:
+        >>> [0.01 * slanted_triangular(step, 100) for step in (0, 5, 10, 55, 100)]
+        [0.0003125, 0.00515625, 0.01, 0.00515625, 0.0003125]
+
+    Reference:
+        Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification".
+    """
+    if not 0 < cut < 1:
+        raise ValueError(f"cut={cut!r} must be a share of training in (0, 1), such as 0.1: the rate rises in it")
+    if not 1 <= ratio < math.inf:
+        raise ValueError(f"ratio={ratio!r} must be 1 or more: the highest rate over the lowest (32 in the paper)")
+    if not 1 <= total < math.inf:
+        raise ValueError(
+            f"total={total!r} must be the number of optimiser steps, 1 or more: a slanted triangle falls to the end of "
+            "training. Set Trainer(max_epochs=...) or Trainer(max_steps=...)"
+        )
+    rise = max(1, math.floor(total * cut + _ROUNDING))
+    p = step / rise if step < rise else max(0.0, 1 - (step - rise) / max(1, total - rise))
+    return (1 + p * (ratio - 1)) / ratio
 
 
 def decay_groups(parameters: Iterable[nn.Parameter] | nn.Module, weight_decay: float) -> list[dict[str, Any]]:

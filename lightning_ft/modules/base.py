@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
-from lightning_ft.functional.learning_rates import decay_groups, warmup_then
+from lightning_ft.functional.learning_rates import decay_groups, slanted_triangular, warmup_then
 from lightning_ft.modules.checkpoint import (
     KEY,
     Architecture,
@@ -31,7 +31,7 @@ from lightning_ft.modules.token_mean import TokenMean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "constant", "slanted_triangular"]
 Batch = Mapping[str, Any]
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 _Module = TypeVar("_Module", bound="TransformerModule")
@@ -56,7 +56,8 @@ class TransformerModule(LightningModule):
             - ``learning_rate``: η at the end of the warm-up.
             - ``weight_decay``: AdamW's λ, on tensors of two dimensions or more.
             - ``warmup``: Share of all optimiser steps in which the rate rises.
-            - ``schedule``: What follows the warm-up: ``"linear"``, ``"cosine"`` or ``"constant"``.
+            - ``schedule``: What follows the warm-up: ``"linear"``, ``"cosine"`` or ``"constant"``; or
+              ``"slanted_triangular"``, ULMFiT's, whose rise from 1/32 of the rate takes the share ``warmup``.
             - ``head_seed``: Seed of the new head's weights, apart from every other random choice.
             - ``gradient_checkpointing``: Compute activations anew in the backward pass instead of keeping them.
             - ``trust_remote_code``: Run Python code that the model's folder or hub page brings.
@@ -99,8 +100,10 @@ class TransformerModule(LightningModule):
             raise ValueError(f"weight_decay={self.weight_decay} must be 0 or more")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} must be a share of training in [0, 1), such as 0.1")
-        if self.schedule not in ("linear", "cosine", "constant"):
-            raise ValueError(f'schedule={self.schedule!r} must be "linear", "cosine" or "constant"')
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule={self.schedule!r} must be one of {', '.join(get_args(Schedule))}")
+        if self.schedule == "slanted_triangular" and self.warmup == 0:
+            raise ValueError('schedule="slanted_triangular" rises first: warmup=0 must be above 0 (0.1 in ULMFiT)')
         self._source = pretrained
         self.from_checkpoint = False
         self._trust_remote_code = arguments["trust_remote_code"]
@@ -237,12 +240,18 @@ class TransformerModule(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total < 0:  # what Lightning says of an endless loader without max_steps
             total = float("inf")
-        factor = warmup_then(self.schedule, total_steps=total, warmup_steps=self._warmup_steps(total))
+        factor = self._rate_factor(total)
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate_factor(self, total: float) -> Callable[[int], float]:
+        warmup = self._warmup_steps(total)
+        if self.schedule == "slanted_triangular":
+            return lambda step: slanted_triangular(step, total, cut=self.warmup)
+        return warmup_then(self.schedule, total_steps=total, warmup_steps=warmup)
 
     def _warmup_steps(self, total: float) -> int:
         if self.warmup > 0 and total == float("inf"):

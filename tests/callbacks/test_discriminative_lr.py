@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import csv
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim.lr_scheduler import (
@@ -19,7 +24,8 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_ft.callbacks import DiscriminativeLR
-from tests.strangers import FILTERED, STRANGERS, Filtered, Stranger, identical, outcome, weights
+from tests.strangers import FILTERED, STRANGERS, Filtered, Late, Stranger, identical, outcome, weights
+from tests.tiny import tiny
 
 # A power of two: products with it are exact, in whatever order an implementation multiplies.
 DECAY = 0.5
@@ -100,6 +106,136 @@ def test_equals_real_groups_by_depth_to_the_bit(optimizer: Any, scheduler: Any, 
     assert not identical(plain["weights"], weights(reference.lightning_module))
     if not isinstance(ours.lr_scheduler_configs[0].scheduler, ReduceLROnPlateau):
         assert outcome(ours)["schedulers"] == plain["schedulers"]
+
+
+def variants() -> Iterator[Any]:
+    """Every optimiser of torch in each of its implementations that run here, and transformers' Adafactor."""
+    for name, kind in vars(torch.optim).items():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in ELSEWHERE:
+            flags = inspect.signature(kind).parameters.keys() & {"foreach", "fused"}
+            for flag in [None, *sorted(flags)]:
+                options = {flag: True} if flag else {}
+                yield pytest.param(partial(kind, **options), id="-".join(filter(None, [name, flag])))
+    relative = {"relative_step": False, "scale_parameter": False}
+    yield pytest.param(partial(hf.Adafactor, **relative), id="Adafactor of transformers")
+
+
+# LBFGS is refused; SparseAdam takes sparse gradients alone and Muon matrices alone: they have tests of their own.
+ELSEWHERE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
+
+
+@pytest.mark.parametrize("optimizer", list(variants()))
+def test_equals_real_groups_under_every_optimiser(optimizer: Any) -> None:
+    def run(*callbacks: Any, by_hand: bool) -> Any:
+        module = Custom(optimizer, lambda_lr, by_hand=by_hand, decay=False)
+        return FILTERED.fit(*callbacks, module=module, max_epochs=1, limit_val_batches=0)
+
+    ours, reference = run(DiscriminativeLR(DECAY), by_hand=False), run(by_hand=True)
+    assert identical(weights(ours.lightning_module), weights(reference.lightning_module))
+    assert not identical(weights(run(by_hand=False).lightning_module), weights(reference.lightning_module))
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="Muon is in torch from 2.9 on")
+def test_equals_real_groups_under_muon_beside_adam() -> None:
+    class Two(Filtered):
+        def __init__(self, *, by_hand: bool) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.by_hand = by_hand
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.manual_backward(self.loss(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def configure_optimizers(self) -> Any:
+            def groups(dimensions: int) -> list[dict[str, Any]]:
+                named = [(n, p) for n, p in self.named_parameters() if p.ndim == dimensions]
+                return [{"params": [p], "lr": 1e-2 * (factor(n) if self.by_hand else 1.0)} for n, p in named]
+
+            return torch.optim.Muon(groups(2), lr=1e-2), torch.optim.Adam(groups(1), lr=1e-2)
+
+    ours = FILTERED.fit(DiscriminativeLR(DECAY), module=Two(by_hand=False), max_epochs=1)
+    reference = FILTERED.fit(module=Two(by_hand=True), max_epochs=1)
+    assert identical(weights(ours.lightning_module), weights(reference.lightning_module))
+
+
+def test_equals_real_groups_under_sparse_adam() -> None:
+    class Sparse(Filtered):
+        def __init__(self, *, by_hand: bool) -> None:
+            super().__init__()
+            self.encoder.tokens.sparse = True
+            self.by_hand = by_hand
+
+        def configure_optimizers(self) -> Any:
+            rate = 1e-2 * (2.0**-4 if self.by_hand else 1.0)
+            return torch.optim.SparseAdam(self.encoder.tokens.parameters(), lr=rate)
+
+    ours = FILTERED.fit(DiscriminativeLR(DECAY), module=Sparse(by_hand=False), max_epochs=1)
+    reference = FILTERED.fit(module=Sparse(by_hand=True), max_epochs=1)
+    assert identical(weights(ours.lightning_module), weights(reference.lightning_module))
+
+
+def test_factors_written_out_take_the_place_of_those_of_decay() -> None:
+    callback = DiscriminativeLR(DECAY, rates={"embeddings": 1.0, "top:2": 0.125, "head": 8})
+    assert callback.multipliers(FILTERED.module()) == {
+        "embeddings": 1.0,
+        "block.0": 0.125,
+        "block.1": 0.125,
+        "block.2": 0.125,
+        "tail": 1.0,
+        "head": 8.0,
+    } | {"block.0": DECAY**3}
+    others = DiscriminativeLR(1.0, rates={"blocks": 0.5}).multipliers(FILTERED.module())
+    assert list(others.values()) == [1.0, 0.5, 0.5, 0.5, 1.0, 1.0]
+
+
+def test_steps_are_those_of_the_written_out_factors() -> None:
+    def moved(*callbacks: Any) -> Any:
+        module = Custom(torch.optim.SGD, lambda_lr, by_hand=False, decay=False)
+        before = weights(module)
+        after = weights(FILTERED.fit(*callbacks, module=module, max_epochs=1, max_steps=1).lightning_module)
+        return {name: after[name] - before[name] for name in after}
+
+    plain, ours = moved(), moved(DiscriminativeLR(1.0, rates={"embeddings": 0.25, "head": 4.0}))
+    for name, step in plain.items():
+        expected = {"encoder.tokens.weight": 0.25, "classifier.weight": 4, "classifier.bias": 4}.get(name, 1)
+        torch.testing.assert_close(ours[name], step * expected, rtol=1e-3, atol=1e-6)
+
+
+def test_factors_are_logged_once(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    FILTERED.fit(DiscriminativeLR(DECAY), logger=logger, log_every_n_steps=1, max_epochs=1)
+    lines = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    logged = [{k: float(v) for k, v in line.items() if k.startswith("lr_factor/") and v} for line in lines]
+    assert [line for line in logged if line] == [
+        {f"lr_factor/{name}": value for name, value in DiscriminativeLR(DECAY).multipliers(FILTERED.module()).items()}
+    ]
+
+
+def test_refuses_one_block_at_several_depths() -> None:
+    class Shared(Late):
+        def configure_model(self) -> None:
+            self.bert = tiny("albert").train()
+
+    stranger = Stranger("albert", Shared)
+    with pytest.raises(ValueError, match=r"runs block.0 at several depths .* give decay=1 and the factors as rates="):
+        stranger.fit(DiscriminativeLR(0.9))
+    stranger.fit(DiscriminativeLR(1.0, rates={"embeddings": 0.5}), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"head": 2.0, "tail..head": 1.0}, "rates speaks of 'head' twice, as 'head' and as 'tail..head': say it once"),
+        ({"stem": 2.0}, "'stem' matches none of the groups embeddings, block.0"),
+        ({"top:9": 2.0}, "'top:9' must ask for 1 to 3 blocks"),
+    ],
+)
+def test_refuses_factors_of_no_group_or_twice(rates: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiscriminativeLR(rates=rates).multipliers(FILTERED.module())
 
 
 @pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
@@ -229,6 +365,8 @@ def test_refuses_an_optimiser_of_other_parameters() -> None:
         ({"decay": 0.0}, r"decay=0.0 must lie in \(0, 1\]"),
         ({"decay": 1.1}, r"decay=1.1 must lie in \(0, 1\]"),
         ({"head_gap": -1}, "head_gap=-1 must be a whole number of 0 or more"),
+        ({"rates": {"head": 0.0}}, r"rates\['head'\]=0.0 must be a factor above 0; .* use the callback Freeze"),
+        ({"rates": {"head": float("inf")}}, r"rates\['head'\]=inf must be a factor above 0"),
     ],
 )
 def test_refuses_bad_arguments_at_once(arguments: dict[str, Any], message: str) -> None:

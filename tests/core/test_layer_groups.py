@@ -163,6 +163,11 @@ def test_known_traps(name: str, group: str, expected: set[str]) -> None:
     assert all(any(key.endswith(suffix) for key in found) for suffix in expected)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_only_albert_runs_a_block_several_times(name: str) -> None:
+    assert LayerGroups.of(tiny(name)).shared == (("block.0",) if name == "albert" else ())
+
+
 def test_bert_base_has_fifteen_groups_and_takes_under_a_second() -> None:
     with torch.device("meta"):
         model = hf.BertForSequenceClassification(hf.BertConfig())

@@ -8,7 +8,9 @@ import torch
 import transformers as hf
 from torch import nn
 
+from lightning_ft.core import LayerGroups
 from lightning_ft.functional import decay_groups, depth_multipliers, warmup_then
+from lightning_ft.functional.learning_rates import explicit_multipliers, slanted_triangular
 
 TWELVE = ["embeddings", *(f"block.{i}" for i in range(12)), "tail", "head"]
 
@@ -105,3 +107,50 @@ def test_warmup_then_without_an_end() -> None:
         ValueError, match='schedule="cosine" falls to 0 at the end of training, and this training has none'
     ):
         warmup_then("cosine", total_steps=math.inf, warmup_steps=2)
+
+
+def test_slanted_triangle_of_the_paper() -> None:
+    rates = [0.01 * slanted_triangular(step, 100) for step in (0, 5, 10, 55, 100)]
+    assert rates == pytest.approx([0.0003125, 0.00515625, 0.01, 0.00515625, 0.0003125], rel=1e-12)
+
+
+@pytest.mark.parametrize(("total", "cut"), [(100, 0.1), (100, 0.29), (50, 0.3), (1000, 0.05), (20, 0.5)])
+def test_slanted_triangle_is_the_papers_formula_where_its_cut_is_whole(total: int, cut: float) -> None:
+    n = round(total * cut)
+    for step in range(total + 1):
+        p = step / n if step < n else 1 - (step - n) / (n * (1 / cut - 1))
+        assert slanted_triangular(step, total, cut=cut, ratio=16) == pytest.approx((1 + p * 15) / 16, abs=1e-12)
+    assert max(range(total), key=lambda step: slanted_triangular(step, total, cut=cut)) == n
+
+
+@pytest.mark.parametrize("total", [1, 2, 5, 9, 10, 15, 37])
+def test_slanted_triangle_rises_and_falls_in_short_runs_too(total: int) -> None:
+    factors = [slanted_triangular(step, total) for step in range(total + 5)]
+    assert factors[0] == 1 / 32
+    assert factors[max(1, total // 10)] == max(factors) == 1
+    assert total == 1 or factors[total:] == pytest.approx([1 / 32] * 5)
+    assert slanted_triangular(99, 1) == 1 / 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cut": 0.0}, r"cut=0.0 must be a share of training in \(0, 1\)"),
+        ({"cut": 1.0}, "cut=1.0 must be a share"),
+        ({"ratio": 0.5}, "ratio=0.5 must be 1 or more"),
+        ({"total": math.inf}, r"total=inf must be the number of optimiser steps.* Set Trainer\(max_epochs="),
+        ({"total": 0}, "total=0 must be the number of optimiser steps"),
+    ],
+)
+def test_slanted_triangle_refuses_numbers_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        slanted_triangular(0, **{"total": 10, **arguments})
+
+
+def test_explicit_multipliers_are_in_the_order_of_the_groups() -> None:
+    tower = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    groups = LayerGroups.of(tower, groups={"block.0": "^0", "block.1": "^1", "head": "^2"})
+    assert list(explicit_multipliers(groups, {"head": 10, "bottom:1": 0.5}).items()) == [("block.0", 0.5), ("head", 10)]
+    assert explicit_multipliers(groups, {}) == {}
+    with pytest.raises(ValueError, match=r"rates speaks of 'block.1' twice"):
+        explicit_multipliers(groups, {"blocks": 0.5, "block.1": 0.5})

@@ -187,6 +187,13 @@ def test_fp16_with_clipping_is_not_fused(clip: float | None, fused: bool) -> Non
     assert not torch.equal(before, model.model.classifier.weight)
 
 
+def test_slanted_triangle_rises_in_the_share_of_the_warm_up() -> None:
+    runner = trainer(max_epochs=1, limit_val_batches=0)
+    fit(runner, module(learning_rate=0.01, warmup=0.25, schedule="slanted_triangular"), batches(torch.arange(64) % 3))
+    (factor, _) = runner.lr_scheduler_configs[0].scheduler.lr_lambdas
+    assert [factor(step) for step in (0, 1, 2, 5, 8)] == [1 / 32, 33 / 64, 1, 33 / 64, 1 / 32]
+
+
 def test_endless_training_needs_a_constant_schedule() -> None:
     loader = batches(torch.arange(8) % 3)
     with pytest.raises(ValueError, match=r"warmup=0.1 is a share of a training that has no end"):
@@ -346,7 +353,8 @@ def test_foreign_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more"),
         ({"warmup": 1.0}, "warmup=1.0 must be a share"),
-        ({"schedule": "cubic"}, "schedule='cubic' must be"),
+        ({"schedule": "cubic"}, "schedule='cubic' must be one of linear, cosine, constant, slanted_triangular"),
+        ({"schedule": "slanted_triangular", "warmup": 0.0}, "warmup=0.* must be above 0"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must lie in"),
         ({"label_smoothing": 0.1, "problem": "multi_label"}, "label_smoothing=0.1 must lie in"),
         ({"class_weights": [1.0]}, "class_weights has 1 values"),
