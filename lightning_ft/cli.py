@@ -57,9 +57,17 @@ further commands, with --help of their own:
 class FineTuningTrainer(Trainer):
     """Lightning's Trainer with the command ``plan``."""
 
-    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
-        """Print which layer groups train when, and at which learning rate. Nothing is trained."""
-        for report in plan(self, model, datamodule):
+    def plan(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, plot: str | None = None
+    ) -> None:
+        """Print which layer groups train when, and at which learning rate. Nothing is trained.
+
+        Args:
+            model: The module.
+            datamodule: Its data.
+            plot: Also draw it, into a file .png, .svg or .pdf.
+        """
+        for report in plan(self, model, datamodule, plot=plot):
             print(report, end="\n\n")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -12,20 +15,35 @@ from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.phases import Stage
 from lightning_ft.core.report import Report
+from lightning_ft.core.schedule import Progress
+from lightning_ft.core.timeline import Timeline, step_cost
+from lightning_ft.functional.learning_rates import warmup_then
+from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.modules import TransformerModule
 
 
-def plan(trainer: Trainer, model: LightningModule, datamodule: LightningDataModule | None = None) -> list[Report]:
-    """Tables of the phases of training and of the model's layer groups.
+def plan(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: LightningDataModule | None = None,
+    *,
+    plot: str | os.PathLike[str] | None = None,
+) -> list[Report]:
+    """Tables of the phases of training and of the model's layer groups, and a picture.
 
     Args:
         trainer: The trainer with the callbacks that will run.
         model: The module that will train.
         datamodule: Its data, for the number of steps; without it phases are given in the callback's own units.
+        plot: Where to draw groups against time: a file ``.png``, ``.svg`` or ``.pdf``.
 
     Returns:
-        Two reports: phases (when each begins, what trains in it, at which rates), and groups (size and rate).
-        Rates are those at the end of the warm-up, as multiples of the optimiser's own for a module that is not ours.
+        Two reports: phases (when each begins, what trains in it, at which rates, and its predicted arithmetic for a
+        step, as a share of training everything), and groups (size and rate). Rates are those at the end of the
+        warm-up, as multiples of the optimiser's own for a module that is not ours.
+
+    Raises:
+        ValueError: There is to be a picture, and the number of steps is unknown or infinite.
     """
     groups = _groups(trainer, model)
     unfreezing = next((c for c in trainer.callbacks if isinstance(c, GradualUnfreezing)), None)  # type: ignore[attr-defined]
@@ -50,6 +68,7 @@ def plan(trainer: Trainer, model: LightningModule, datamodule: LightningDataModu
                 "trains": _span(stage.groups),
                 "parameters": trains,
                 "share %": round(100 * trains / everything, 1),
+                "step cost %": round(100 * step_cost(groups, stage.groups), 1),
                 "lowest LR": stage.lr * min(rates[name] for name in stage.groups),
                 "highest LR": stage.lr * max(rates[name] for name in stage.groups),
             }
@@ -65,7 +84,57 @@ def plan(trainer: Trainer, model: LightningModule, datamodule: LightningDataModu
         }
         for name in groups
     ]
+    if plot is not None:
+        timeline, begins = _timeline(model, list(groups), stages, rates, per_epoch, total)
+        costs = {begin: step_cost(groups, stage.groups) for begin, stage in zip(begins, stages, strict=False)}
+        guessed = len(stages) > 1 and stages[1].begins is None
+        title = f"{type(model).__name__}: what will train when"
+        title += f" (phases really end by {unfreezing.every})" if guessed and unfreezing else ""
+        plot_timeline(timeline, plot, title=title, costs=costs, relative=not isinstance(model, TransformerModule))
+        facts["picture"] = os.fspath(plot)
     return [Report("Phases", facts, rows), Report("Layer groups, bottom to top", {}, table)]
+
+
+def _timeline(
+    model: LightningModule,
+    groups: list[str],
+    stages: list[Stage],
+    rates: dict[str, float],
+    per_epoch: float,
+    total: float,
+) -> tuple[Timeline, list[int]]:
+    """The rates at some two hundred steps, and the steps at which the phases begin that begin at all."""
+    if not math.isfinite(total):
+        raise ValueError(
+            "plot= needs the number of optimiser steps: give data, and Trainer(max_epochs=...) or "
+            "Trainer(max_steps=...)"
+        )
+    steps = math.ceil(total)
+    begins = [_first_step(stage, i, len(stages), per_epoch, total) for i, stage in enumerate(stages)]
+    begins = [begin for begin in begins if begin < steps]
+    schedule = _schedule(model, steps)
+    timeline = Timeline(groups, end=steps)
+    for step in sorted({*range(0, steps, max(1, steps // 200)), *begins}):
+        number = bisect_right(begins, step) - 1
+        since = step - begins[number]
+        passed = Progress(since, since / per_epoch, since / total)
+        factor = schedule(step) * stages[number].factor(passed)
+        timeline.note(step, {name: factor * rates[name] for name in stages[number].groups})
+    timeline.end = steps
+    return timeline, begins
+
+
+def _first_step(stage: Stage, number: int, count: int, per_epoch: float, total: float) -> int:
+    if number and stage.begins is None:  # a metric says when: as if all were of one length
+        return math.ceil(number * total / count)
+    return 0 if stage.begins is None else math.ceil(stage.begins.steps(steps_per_epoch=per_epoch, total_steps=total))
+
+
+def _schedule(model: LightningModule, total: int) -> Callable[[int], float]:
+    """The factor of a module's own schedule; of a stranger's nothing is known."""
+    if not isinstance(model, TransformerModule):
+        return lambda step: 1.0
+    return warmup_then(model.schedule, total_steps=total, warmup_steps=round(model.warmup * total))
 
 
 def _groups(trainer: Trainer, model: LightningModule) -> LayerGroups:
