@@ -2,9 +2,26 @@
 
 from lightning_ft.callbacks.discriminative_lr import DiscriminativeLR
 from lightning_ft.callbacks.exact_resume import ExactResume
+from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightning_ft.callbacks.l2_sp import L2SP
+from lightning_ft.callbacks.layer_reinit import LayerReinit
+from lightning_ft.callbacks.layer_removal import LayerRemoval
+from lightning_ft.callbacks.layer_timeline import LayerTimeline
+from lightning_ft.callbacks.lp_ft import LPFT
 from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
-__all__ = ["DiscriminativeLR", "ExactResume", "GradualUnfreezing", "L2SP", "TrainingModeCheck", "WritePredictions"]
+__all__ = [
+    "L2SP",
+    "LPFT",
+    "DiscriminativeLR",
+    "ExactResume",
+    "Freeze",
+    "GradualUnfreezing",
+    "LayerReinit",
+    "LayerRemoval",
+    "LayerTimeline",
+    "TrainingModeCheck",
+    "WritePredictions",
+]

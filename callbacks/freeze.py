@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
 from lightning_ft.callbacks._freezing import Freezing
+from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups, Named
@@ -119,7 +119,16 @@ class Freeze(Callback):
         return {p for name, p in named if any(pattern.search(name) for pattern in self.patterns)}
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_deepspeed(trainer, self)
+        if trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None:
+            # Sharded strategies refuse the optimiser states of a run in which other parameters trained.
+            self._freezing = Freezing(type(self).__name__, self.plan(pl_module))
+            self._freezing.plan.apply(0)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._release()
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(callback, GradualUnfreezing) for callback in callbacks[: callbacks.index(self)]):
             raise ValueError(
@@ -127,15 +136,15 @@ class Freeze(Callback):
             )
         self._freezing = Freezing(type(self).__name__, self.plan(pl_module))
         self._freezing.enter(trainer, 0)
-        if tied := _frozen_outputs(pl_module):
-            rank_zero_warn(
-                f"Freeze: {', '.join(tied)} share the weights of embeddings, and are frozen with them. If they should "
-                f'train, let the embeddings train: keep=[..., "embeddings"]'
-            )
         if self.eval_mode:
             self._modes = [m for top in _frozen_modules(pl_module) for m in top.modules() if m.training]
             for module in self._modes:
                 module.training = False
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._freezing is not None:
+            self._freezing.finish(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -152,17 +161,6 @@ class Freeze(Callback):
         if self._freezing is not None:
             self._freezing.release()
             self._freezing = None
-
-
-def _frozen_outputs(module: nn.Module) -> list[str]:
-    """Names of modules other than embeddings whose weight is that of an embedding and does not train."""
-    embedded = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
-    return [
-        name
-        for name, m in module.named_modules()
-        if not isinstance(m, nn.Embedding)
-        and any(p in embedded and not p.requires_grad for p in m.parameters(recurse=False))
-    ]
 
 
 def _frozen_modules(module: nn.Module) -> list[nn.Module]:

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -33,7 +34,15 @@ from lightning_ft import callbacks as _callbacks
 from lightning_ft import data as _data
 from lightning_ft import modules as _modules
 from lightning_ft import schedulers as _schedulers
-from lightning_ft.callbacks import ExactResume, TrainingModeCheck, WritePredictions
+from lightning_ft.callbacks import (
+    DiscriminativeLR,
+    ExactResume,
+    Freeze,
+    GradualUnfreezing,
+    LayerTimeline,
+    TrainingModeCheck,
+    WritePredictions,
+)
 from lightning_ft.functional import decay_groups
 from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 from lightning_ft.plan import plan
@@ -208,6 +217,9 @@ class FineTuningCLI(LightningCLI):
         saves = settings["enable_checkpointing"] is not False
         if saves and lacks(ExactResume) and self._get(self.config_init, "exact_resume"):
             callbacks.append(ExactResume())
+        speaking_of_depth = [c for c in callbacks if isinstance(c, DiscriminativeLR | Freeze | GradualUnfreezing)]
+        if speaking_of_depth and lacks(LayerTimeline) and find_spec("matplotlib") is not None:
+            callbacks.append(LayerTimeline(self._run / "layers.png", layers=speaking_of_depth[0].layers))
         if saves and lacks(Checkpoint):
             callbacks.append(ModelCheckpoint(enable_version_counter=False))
         # First, so that what other callbacks draw comes from the generators that it seeds.

@@ -10,14 +10,13 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
+from lightning_ft.callbacks import DiscriminativeLR, Freeze, GradualUnfreezing
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.phases import Stage
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Progress
 from lightning_ft.core.timeline import Timeline, step_cost
-from lightning_ft.functional.learning_rates import warmup_then
 from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.modules import TransformerModule
 
@@ -55,8 +54,14 @@ def plan(
     facts = {"optimiser steps": _number(total), "optimiser steps per epoch": _number(per_epoch)}
 
     live = [name for name in groups if any(p.requires_grad for p in groups.parameters(name))]
-    stages = unfreezing.stages(model) if unfreezing else [Stage(tuple(live))]
-    freeze_plan = unfreezing.plan(model) if unfreezing else FreezePlan(groups, [live])
+    freeze = next((c for c in trainer.callbacks if isinstance(c, Freeze)), None)  # type: ignore[attr-defined]
+    if unfreezing:
+        stages, freeze_plan = unfreezing.stages(model), unfreezing.plan(model)
+    else:
+        freeze_plan = freeze.plan(model) if freeze else FreezePlan(groups, [live])
+        trained = {id(p) for _, p in freeze_plan.training(0)}
+        # Also groups of which Freeze(parameters=...) lets a part train.
+        stages = [Stage(tuple(name for name in groups if any(id(p) in trained for p in groups.parameters(name))))]
     everything = sum(p.numel() for p in model.parameters())
     rows: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
@@ -134,12 +139,12 @@ def _schedule(model: LightningModule, total: int) -> Callable[[int], float]:
     """The factor of a module's own schedule; of a stranger's nothing is known."""
     if not isinstance(model, TransformerModule):
         return lambda step: 1.0
-    return warmup_then(model.schedule, total_steps=total, warmup_steps=round(model.warmup * total))
+    return model.rate_factor(total)
 
 
 def _groups(trainer: Trainer, model: LightningModule) -> LayerGroups:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradualUnfreezing | DiscriminativeLR):
+        if isinstance(callback, GradualUnfreezing | DiscriminativeLR | Freeze):
             return callback.groups(model)
     return LayerGroups.of(model)
 

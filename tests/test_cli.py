@@ -229,6 +229,12 @@ def test_plan_prints_phases_and_rates_and_trains_nothing(project: Path) -> None:
     assert not (project / "runs").exists()
 
 
+def test_plan_draws_a_picture(project: Path) -> None:
+    output = lightning_ft(project, "plan", "--config", "config.yaml", "--plot", "plan.png")
+    assert "picture: plan.png" in output
+    assert (project / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_plan_warns_of_phases_that_never_begin(project: Path) -> None:
     config = project / "config.yaml"
     config.write_text(config.read_text().replace("every: 0.15", 'every: "1 epoch"'))

@@ -37,6 +37,7 @@ class FreezePlan:
         if unknown:
             raise ValueError(f"phases name {unknown}, but the model's groups are {list(groups)}")
         self.phases = tuple(tuple(phase) for phase in phases)
+        self._groups = groups
         self._always = {id(p) for p in always}
         self._managed = {
             group: [(name, p) for name, p in groups.named_parameters(group) if p.requires_grad] for group in groups
@@ -60,7 +61,7 @@ class FreezePlan:
 
     def trainable_parameters(self, stage: int) -> int:
         """Number of values that train at ``stage``."""
-        return sum(p.numel() for _, p in self.training(stage))
+        return sum(self._groups.shape_of(p).numel() for _, p in self.training(stage))
 
     def _flags(self, stage: int) -> Iterator[tuple[str, nn.Parameter, bool]]:
         phase = set(self.phases[stage])

@@ -256,7 +256,7 @@ def block_paths(module: nn.Module, *, blocks: str | Sequence[str] | None = None)
         ValueError: No block list, or several that cannot be told apart.
     """
     given = _paths(module, "blocks", blocks)
-    stacks, stacked = (_given_stacks(module, given), True) if given else _find_stacks(module)
+    stacks, stacked = (_given_stacks(module, given), True) if given else _find_stacks(module, full_shapes(module))
     paths = given or [stack.path for stack in stacks]
     labels = _block_labels(module, paths, stacked)
     members = [[f"{path}.{name}".strip(".") for name in module.get_submodule(path)._modules] for path in paths]

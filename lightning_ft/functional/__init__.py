@@ -2,10 +2,20 @@
 
 from lightning_ft.functional.answer_spans import best_spans
 from lightning_ft.functional.calibration import calibrate, calibration_bias
-from lightning_ft.functional.gradual_unfreezing import unfreezing_phases
+from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
 from lightning_ft.functional.label_scoring import label_log_likelihoods, label_token_ids
-from lightning_ft.functional.learning_rates import decay_groups, depth_multipliers, warmup_then
+from lightning_ft.functional.layer_removal import layers_to_drop, remove_layers
+from lightning_ft.functional.learning_rates import (
+    decay_groups,
+    depth_multipliers,
+    explicit_multipliers,
+    slanted_triangular,
+    warmup_then,
+)
+from lightning_ft.functional.linear_probe import linear_probe
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
+from lightning_ft.functional.plot_timeline import plot_timeline
+from lightning_ft.functional.reinit import reinit_layers
 from lightning_ft.functional.sequence_score import log_likelihood, pseudo_log_likelihood
 from lightning_ft.functional.span_corruption import span_corruption
 from lightning_ft.functional.verbaliser import label_scores
@@ -16,13 +26,21 @@ __all__ = [
     "calibration_bias",
     "decay_groups",
     "depth_multipliers",
+    "explicit_multipliers",
+    "explicit_stages",
     "keeps_documents_apart",
     "label_log_likelihoods",
     "label_scores",
     "label_token_ids",
+    "layers_to_drop",
+    "linear_probe",
     "log_likelihood",
     "move_padding",
+    "plot_timeline",
     "pseudo_log_likelihood",
+    "reinit_layers",
+    "remove_layers",
+    "slanted_triangular",
     "span_corruption",
     "unfreezing_phases",
     "warmup_then",

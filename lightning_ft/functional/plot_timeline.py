@@ -45,8 +45,9 @@ def plot_timeline(
     figure = Figure(figsize=(9, 1.6 + 0.28 * max(len(timeline.groups), 4)), layout="constrained")
     if ending not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"path={os.fspath(path)!r} must end in .png, .svg or .pdf, which say the picture's format")
-    panels = figure.subplots(2, 1, sharex=True, height_ratios=[1, 4]) if costs else [None, figure.subplots()]
-    above, main = panels
+    rows = 2 if costs else 1
+    panels = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[1, 4][-rows:])[:, 0]
+    main = panels[-1]
     table = [[rates.get(name, math.nan) for rates in timeline.rates] for name in timeline.groups]
     known = [rate for row in table for rate in row if rate > 0]
     low, high = min(known, default=1.0), max(known, default=1.0)
@@ -63,7 +64,8 @@ def plot_timeline(
     for change in timeline.changes()[1:]:
         main.axvline(change, color="white", linewidth=0.8)
     figure.colorbar(mesh, ax=main, label="rate / the optimiser's own" if relative else "learning rate", pad=0.01)
-    if above is not None and costs:
+    if costs:
+        above = panels[0]
         above.stairs([100 * cost for cost in costs.values()], [*costs, edges[-1]], fill=True, color="#7a8fa6")
         above.set_ylim(0, 105)
         above.set_ylabel("cost of\na step, %")

@@ -240,14 +240,15 @@ class TransformerModule(LightningModule):
         total = self.trainer.estimated_stepping_batches
         if total < 0:  # what Lightning says of an endless loader without max_steps
             total = float("inf")
-        factor = self._rate_factor(total)
+        factor = self.rate_factor(total)
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _rate_factor(self, total: float) -> Callable[[int], float]:
+    def rate_factor(self, total: float) -> Callable[[int], float]:
+        """The factor on the learning rate at each optimiser step, of ``total`` in all."""
         warmup = self._warmup_steps(total)
         if self.schedule == "slanted_triangular":
             return lambda step: slanted_triangular(step, total, cut=self.warmup)

@@ -12,13 +12,30 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing, TrainingModeCheck
+from lightning_ft.callbacks import (
+    L2SP,
+    DiscriminativeLR,
+    ExactResume,
+    Freeze,
+    GradualUnfreezing,
+    LayerReinit,
+    LayerRemoval,
+    TrainingModeCheck,
+)
+from lightning_ft.core import Phase, Plateau
 from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
     "unfreezing-epochs": partial(GradualUnfreezing, "1 epoch"),
     "unfreezing-steps": partial(GradualUnfreezing, "2 steps"),
     "unfreezing-fraction": partial(GradualUnfreezing, 0.25, groups_per_step=2),
+    "unfreezing-metric": partial(GradualUnfreezing, Plateau("val_loss", "max"), norms="always"),
+    "unfreezing-phases": partial(GradualUnfreezing, phases=[Phase("head"), Phase("all", "3 steps", 0.5, "2 steps")]),
+    "chain-thaw": partial(GradualUnfreezing, "2 steps", previous="freeze"),
+    "freeze": partial(Freeze, ["top:1", "tail", "head"]),
+    "freeze-bitfit": partial(Freeze, "head", parameters=r"(^|\.)bias$", eval_mode=True),
+    "layer-reinit": partial(LayerReinit, 2),
+    "layer-removal": partial(LayerRemoval, [1]),
     "discriminative-lr": partial(DiscriminativeLR, 0.5),
     "l2-sp-coupled": partial(L2SP, 0.5, head_strength=0.1),
     "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
@@ -27,6 +44,9 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
+    "unfreezing-phases": partial(GradualUnfreezing, phases=[Phase("all"), Phase("all", at=0.5)]),
+    "freeze": partial(Freeze, "all"),
+    "layer-reinit": partial(LayerReinit, 0, pooler=False),
     "discriminative-lr": partial(DiscriminativeLR, 1.0),
     "l2-sp-coupled": partial(L2SP, 0.0),
     "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
