@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ class ActivationStore:
             if (folder / _VALUES).stat().st_size < size * index["dtype"].itemsize:
                 return None
             flat = torch.from_file(str(folder / _VALUES), shared=False, size=size, dtype=index["dtype"])
-        except (OSError, KeyError, RuntimeError):
+        except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError):
             return None
         store = object.__new__(cls)
         store.width, store.capacity, store.dtype, store.folder = index["width"], index["end"] - 1, index["dtype"], folder

@@ -405,4 +405,4 @@ def _difference(wanted: Tensor, got: Tensor, real: Tensor | None, tolerance: flo
     if wanted.numel() == 0:
         return ""
     scale, off = wanted.abs().max(), (wanted - got).abs().max()
-    return "" if bool(off <= tolerance * (1 + scale)) else f"by {float(off):.1e}"
+    return "" if bool(off <= tolerance * (0.1 + scale)) else f"by {float(off):.1e}"
