@@ -11,7 +11,7 @@ from lightning_ft.functional.prefix_layout import PrefixLayout
 
 
 class Hook:
-    """A hook that a copy of its module does not inherit: deep copies (weight averages) neither cache nor hold a cache."""
+    """A hook that copies of its module do not inherit: a weight average neither caches nor holds a cache."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function

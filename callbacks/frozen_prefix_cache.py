@@ -21,8 +21,8 @@ from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.frozen_prefix import Callee, FrozenPrefix
 from lightning_ft.functional.module_trace import same_randomness
-from lightning_ft.functional.prefix_cache import PrefixCache, all_rows, parameters_of
-from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth
+from lightning_ft.functional.prefix_cache import PrefixCache, all_rows
+from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth, parameters_of
 from lightning_ft.functional.prefix_rows import Inputs, Unsuited, arguments, read_inputs, signature_of
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,20 +40,21 @@ class FrozenPrefixCache(Callback):
 
     The model stays as it is: no wrapper, no new name in its state dict, and no hook beyond a training step. Rows are
     known by their content (ids, token types, positions, mask, padding on the left), not by their number: data set,
-    loader and order are free, with right padding in any width. The weights of the prefix are watched; where they change the
-    cache is filled anew. The prefix runs in eval mode for the cache: its dropout is off, that of the part that trains
-    is not. Logits and gradients are those of an uncached run with a frozen part in eval mode, to rounding (1e-6 with
-    float32). That this holds for a model is proved on a few rows before the cache is used; if not, the model runs as if
-    this callback were not there, and a log line says why. The same is done for single calls with embeddings in place
-    of ids, a mask of more dimensions, a key-value cache, or flags that ask for hidden states of the prefix; and for
-    good when more than half of an epoch's rows are new ones (augmentation, masks drawn anew). Values at padded
-    positions are not the model's: one that lets them through, such as a mean without a mask, is not cached.
+    loader and order are free, with right padding of any width. The weights of the prefix are watched; where they
+    change the cache is filled anew. The prefix runs in eval mode for the cache: its dropout is off, that of the part
+    that trains is not. Logits and gradients are those of an uncached run with the frozen part in eval mode, to rounding
+    (1e-6 with float32). That this holds for a model is proved on a few rows before the cache is used; if not, the model
+    runs as if this callback were not there, and a log line says why. The same is done for single calls with embeddings
+    in place of ids, a mask of more dimensions, a key-value cache, or flags that ask for hidden states of the prefix;
+    and for good when more than half of an epoch's rows are new ones (augmentation, masks drawn anew). Values at padded
+    positions are not the model's: one that lets them through, such as a mean without a mask, is not cached. Hooks of
+    others on skipped modules see placeholders.
 
     The fill depends on the set of rows and the weights alone: a resumed run fills again and goes on bit for bit. An
     iterable data set, several loaders, ``limit_train_batches`` or inputs made in the training step cannot be read
     ahead: rows are then kept as they are met, which saves as much from the second epoch on, but a resumed run equals
-    only to rounding. Under DDP every process fills a cache of the whole set; on disk all share one. Sharded and compiled
-    models run as they are. On a GPU the ids are read by the CPU once a step.
+    only to rounding. Under DDP every process fills a cache of the whole set; on disk all share one. Sharded and
+    compiled models run as they are. On a GPU the ids are read by the CPU once a step.
 
     Args:
         where: ``"memory"`` of the host, or ``"disk"``: memory-mapped files that later runs with the same weights,
@@ -110,7 +111,7 @@ class FrozenPrefixCache(Callback):
         self._busy = False
         self._told: set[str] = set()
         self._phases: list[dict[str, Any]] = []
-        self._state: dict[str, Any] = {"frozen": 0, "depth": 0, "off": "", "seen": 0, "hits": 0, "stale": 0}
+        self._state: dict[str, Any] = {"frozen": 0, "depth": 0, "off": "", "seen": 0, "hits": 0, "stale": 0, "moves": 0}
 
     def report(self) -> Report:
         """What the cache did in the last fit: a row for each fill."""
@@ -138,6 +139,8 @@ class FrozenPrefixCache(Callback):
             self._groups = self.layers.of(pl_module)
             self._layout = PrefixLayout.of(pl_module, self._groups)
         except (Unsuited, ValueError) as reason:
+            if isinstance(reason, ValueError) and self.layers != Layers():
+                raise
             self._tell(f"nothing is cached: {reason}")
             return
         self._signatures = {module: signature_of(module) for module in (self._layout.owner, *self._layout.above)}
@@ -158,12 +161,12 @@ class FrozenPrefixCache(Callback):
         self._detach()
 
     def _enter(self, args: Any, kwargs: Any) -> None:
-        if self._busy or not self._trainer.training:
+        if self._busy or self._state["off"] or not self._trainer.training:
             return
         self._busy = True
         try:
             self._follow_flags()
-            if self._state["depth"] and not self._state["off"]:
+            if self._state["depth"]:
                 self._answer(args, kwargs)
         except Unsuited as reason:
             self._tell(f"a call goes through uncached: {reason}")
@@ -180,13 +183,15 @@ class FrozenPrefixCache(Callback):
         if flags == self._flags:
             return
         self._flags = flags
+        self._count("moves", 10, "what is frozen changes all the time")
         state, frozen = self._state, frozen_depth(self._groups)
         if frozen != state["frozen"]:
             if frozen < state["depth"] or frozen > state["frozen"] or not state["depth"]:
                 state["depth"] = self._depth_for(frozen)
             state["frozen"] = frozen
             if not state["depth"]:
-                self._tell(f"{frozen} of {len(blocks_of(self._groups))} blocks are frozen: nothing is cached")
+                least = f", none of them for {self.min_epochs:g} epochs" if frozen else ""
+                self._tell(f"{frozen} of {len(blocks_of(self._groups))} blocks are frozen{least}: nothing is cached")
         if self._cache is not None:
             self._old, self._cache = self._cache, None
         if not state["depth"]:
@@ -223,8 +228,7 @@ class FrozenPrefixCache(Callback):
         except Unsuited as reason:
             self._refused = str(reason)
             raise
-        parameters = parameters_of(self._groups, depth, blocks_of(self._groups))
-        cache = PrefixCache(prefix, parameters, self.budget, self._folder())
+        cache = PrefixCache(prefix, parameters_of(self._groups, depth), self.budget, self._folder())
         if self._old is None or not cache.takes_over_from(self._old):
             if self._old is not None:
                 self._old.close()
@@ -244,19 +248,22 @@ class FrozenPrefixCache(Callback):
             cache.fill(all_rows({name: column(b, path) for name, path in paths.items()} for b in batches))
 
     def _note(self, cache: PrefixCache, seconds: float) -> None:
-        verb = "opened" if cache.reused else "filled" if cache.filled else "filled as rows come"
-        phase = {
+        phase: dict[str, Any] = {
             "step": self._trainer.global_step,
             "cached": cache.prefix.place,
+            "how": "opened" if cache.reused else "filled" if cache.filled else "as rows come",
             "rows": cache.rows,
             "bytes": cache.nbytes,
             "seconds": round(seconds, 3),
         }
         self._phases.append({**phase, "seen": 0, "hits": 0})
-        rest = "" if cache.share == 1 else f"; {1 - cache.share:.0%} of the rows do not fit the budget"
+        size = f"{phase['bytes'] / 1e6:,.1f} MB of {self.budget / 1e6:,.1f} MB"
+        rest = (
+            "" if cache.share == 1 or not cache.filled else f"; {1 - cache.share:.0%} of the rows do not fit the budget"
+        )
         rank_zero_info(
-            f"FrozenPrefixCache: step {phase['step']}: {phase['cached']} is kept in {self.where} ({verb}: "
-            f"{phase['rows']:,} rows, {phase['bytes'] / 1e6:,.1f} MB of {self.budget / 1e6:,.1f} MB, {seconds:.1f} s){rest}"
+            f"FrozenPrefixCache: step {phase['step']}: {phase['cached']} is kept in {self.where} ({phase['how']}: "
+            f"{phase['rows']:,} rows, {size}, {seconds:.1f} s){rest}"
         )
 
     def _check_caller(self, prefix: FrozenPrefix, inputs: Inputs) -> None:
@@ -293,10 +300,14 @@ class FrozenPrefixCache(Callback):
 
     def _drop_stale(self) -> None:
         self._drop()
-        self._state["stale"] += 1
-        if self._state["stale"] > 1:
-            self._end("the frozen weights changed twice in an epoch")
-            raise Unsuited("the frozen weights change")
+        self._count("stale", 1, "the frozen weights changed twice in an epoch")
+
+    def _count(self, what: str, most: int, reason: str) -> None:
+        """What may happen so often in an epoch that it costs more than it saves ends the cache."""
+        self._state[what] += 1
+        if self._state[what] > most:
+            self._end(reason)
+            raise Unsuited(reason)
 
     def _folder(self) -> Path | None:
         if self.where == "memory":
@@ -311,7 +322,7 @@ class FrozenPrefixCache(Callback):
             cache.epochs += 1
             if rate < 0.5 * cache.share and not first:
                 self._end(f"only {rate:.0%} of the rows of an epoch were there: the inputs change from epoch to epoch")
-        state |= {"seen": 0, "hits": 0, "stale": 0}
+        state |= {"seen": 0, "hits": 0, "stale": 0, "moves": 0}
 
     def _end(self, reason: str) -> None:
         self._state["off"] = reason

@@ -23,7 +23,8 @@ def parse_size(value: int | str, argument: str) -> int:
     """Bytes of what a person wrote.
 
     Args:
-        value: A number of bytes, or a number followed by ``B``, ``KB``, ``MB``, ``GB``, ``TB``, ``KiB``, ``MiB``, ``GiB``.
+        value: A number of bytes, or a number followed by ``B``, ``KB``, ``MB``, ``GB``, ``TB``, ``KiB``, ``MiB`` or
+            ``GiB``.
         argument: The argument's name, for the error.
 
     Raises:
@@ -90,7 +91,12 @@ class ActivationStore:
         except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError):
             return None
         store = object.__new__(cls)
-        store.width, store.capacity, store.dtype, store.folder = index["width"], index["end"] - 1, index["dtype"], folder
+        store.width, store.capacity, store.dtype, store.folder = (
+            index["width"],
+            index["end"] - 1,
+            index["dtype"],
+            folder,
+        )
         store._values = flat.view(index["end"], index["width"])
         spans = zip(index["starts"].tolist(), index["lengths"].tolist(), strict=True)
         keys, size = index["keys"].numpy().tobytes(), index["key_size"]

@@ -39,7 +39,7 @@ class Callee:
 
     @classmethod
     def around(cls, module: nn.Module, values: Mapping[str, Any], columns: Mapping[str, Tensor]) -> Callee | None:
-        """How to run a module above the owner, if its arguments are the owner's and such as can be left out (labels)."""
+        """How to run a module above the owner, if it takes what the owner takes, and what can be left out (labels)."""
         parameters = inspect.signature(module.forward).parameters
         names, options = {}, {}
         for name, value in values.items():
@@ -120,7 +120,7 @@ class FrozenPrefix:
             if not self._learn_entry(callee, probe):
                 return False
             self.prove(inputs)
-        except Unsuited:
+        except Exception:  # noqa: BLE001 - a stranger's forward may raise anything; the prefix is then kept by token
             return False
         return True
 
@@ -132,7 +132,9 @@ class FrozenPrefix:
     @property
     def place(self) -> str:
         """Where activations are taken and put back, in words."""
-        return "what enters the head" if self.pooled else f"the output of block {self.depth} of {len(self.layout.blocks)}"
+        return (
+            "what enters the head" if self.pooled else f"the output of block {self.depth} of {len(self.layout.blocks)}"
+        )
 
     def _learn_owner(self, owner: Callee, probe: Sequence[Row]) -> None:
         with ExitStack() as stack:
@@ -140,8 +142,10 @@ class FrozenPrefix:
             columns = batch_of(probe, self.like)
             try:
                 events, _ = trace(owner.module, owner.kwargs(columns))
-            except Exception as error:  # noqa: BLE001 - a stranger's forward may raise anything
-                raise Unsuited(f"{type(owner.module).__name__} does not run on three of its rows ({error!r})") from error
+            except Exception as error:
+                raise Unsuited(
+                    f"{type(owner.module).__name__} does not run on three of its rows ({error!r})"
+                ) from error
         rows, length = next(iter(columns.values())).shape
         blocks = self.layout.blocks
         entered = [[i for i, e in enumerate(events) if e.entered and e.module is block] for block in blocks]
@@ -168,7 +172,7 @@ class FrozenPrefix:
         return _stands((e for e in before if _has_parameters(e.module)), rows, length)
 
     def _learn_entry(self, callee: Callee, probe: Sequence[Row]) -> bool:
-        """Whether a call of ``callee`` makes one vector of each row, of nothing that trains, and which module takes it."""
+        """Whether a call of ``callee`` makes one vector of each row, of nothing that trains; and what module takes it."""
         with ExitStack() as stack:
             _observed(stack, self._outermost.module)
             columns = batch_of(probe, self.like)
@@ -212,7 +216,9 @@ class FrozenPrefix:
         kind = next(iter(self.like.values())).device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         modules = [repr(module) for module in self._skipped]
-        return repr((where, self.depth, self.width, self._value_dtype, self.dtype, cast, dict(self.callee.options), modules))
+        return repr(
+            (where, self.depth, self.width, self._value_dtype, self.dtype, cast, dict(self.callee.options), modules)
+        )
 
     def compute(self, rows: Sequence[Row]) -> list[Tensor]:
         """The activations of each row, ``(length, width)`` or pooled ``(1, width)``, from one run in eval mode."""
@@ -296,7 +302,10 @@ class FrozenPrefix:
             values[i, start : start + len(vectors)] = vectors
         with apart(), same_randomness(), eval_mode(list(callee.module.modules())):
             wanted = list(float_tensors(callee.module(**callee.kwargs(columns))))
-            got = list(float_tensors(self._stood_in(callee, columns, values)))
+            try:
+                got = list(float_tensors(self._stood_in(callee, columns, values)))
+            except Exception as error:
+                raise Unsuited(f"without its prefix {type(callee.module).__name__} raises {error!r}") from error
         name = type(callee.module).__name__
         if len(wanted) != len(got) or not wanted:
             raise Unsuited(f"the output of {name} cannot be compared")

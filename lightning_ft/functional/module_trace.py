@@ -1,4 +1,4 @@
-"""Which modules ran, in which order, on what: one run observed; and runs that are undisturbed or changed for a while."""
+"""One run of a model observed: which modules ran, on what; and runs that are changed for a while or left alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trace(module: nn.Module, kwargs: Mapping[str, Any]) -> tuple[list[Event], An
             handle.remove()
 
 
-class _Caught(Exception):
+class _Caught(Exception):  # noqa: N818 - nothing failed
     pass
 
 
@@ -95,7 +95,8 @@ def same_randomness() -> Iterator[None]:
     """Whatever draws random numbers inside, the generators of Python, NumPy and torch are as before afterwards."""
     numpy = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng():
+    # Of the device in use only: else torch saves the state of every one.
+    with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
         try:
             yield
         finally:
@@ -158,17 +159,17 @@ class Stand:
     def _plan(self, output: Any, rows: int, length: int) -> Callable[[int, int], Any]:
         if output is None:
             return lambda rows, length: None
-        if isinstance(output, Tensor) and output.is_floating_point() and output.ndim in (2, 3):
-            if output.shape[0] == rows and (output.ndim == 2 or output.shape[1] == length):
-                tail, like = output.shape[-1:], torch.full((), float("nan"), dtype=output.dtype, device=output.device)
-                wide = output.ndim == 3
-                return lambda rows, length: like.expand(rows, *((length,) if wide else ()), *tail)
+        if isinstance(output, Tensor) and output.is_floating_point() and output.shape[:-1] in ((rows,), (rows, length)):
+            width, wide = output.shape[-1], output.ndim == 3
+            like = torch.full((), float("nan"), dtype=output.dtype, device=output.device)
+            return lambda rows, length: like.expand(rows, length, width) if wide else like.expand(rows, width)
         if type(output) in (tuple, list):
             parts, kind = [self._plan(part, rows, length) for part in output], type(output)
             return lambda rows, length: kind(part(rows, length) for part in parts)
         raise ValueError(f"{type(output).__name__} cannot be stood in for")
 
     def __call__(self, rows: int, length: int) -> Any:
+        """The placeholder for a batch of other sizes."""
         return self._build(rows, length)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, final
 
@@ -61,7 +61,7 @@ class PrefixCache:
         return 0 if self._store is None else self._store.nbytes
 
     def is_stale(self) -> bool:
-        """Whether the weights changed; what was only written with the same values (an average swapped in and out) not."""
+        """Whether the weights changed. Written with the values that they had (an average swapped in and out) is not."""
         now = fingerprint(self._watched)
         if now == self._print:
             return False
@@ -175,13 +175,7 @@ class PrefixCache:
         return store
 
 
-def all_rows(batches: Iterable[dict[str, Tensor]]) -> Iterable[Row]:
+def all_rows(batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Row]:
     """The rows of batches of columns, one after the other."""
     for columns in batches:
         yield from rows_of(columns)
-
-
-def parameters_of(groups: Any, depth: int, blocks: Sequence[str]) -> list[nn.Parameter]:
-    """The parameters of the embeddings and of the lowest ``depth`` blocks."""
-    names = [name for name in ("embeddings", *blocks[:depth]) if name in groups]
-    return [parameter for name in names for parameter in groups.parameters(name)]

@@ -63,6 +63,12 @@ def frozen_depth(groups: LayerGroups) -> int:
     return depth
 
 
+def parameters_of(groups: LayerGroups, depth: int) -> list[nn.Parameter]:
+    """The parameters of the embeddings and of the lowest ``depth`` blocks."""
+    names = [name for name in ("embeddings", *blocks_of(groups)[:depth]) if name in groups]
+    return [parameter for name in names for parameter in groups.parameters(name)]
+
+
 def blocks_of(groups: LayerGroups) -> list[str]:
     """Names of the groups that are blocks, bottom to top."""
     return [name for name in groups if name not in _OTHERS]

@@ -16,7 +16,7 @@ MASK = "attention_mask"
 """The argument that says which positions are padding. Without it, every position counts."""
 
 
-class Unsuited(Exception):
+class Unsuited(Exception):  # noqa: N818 - no failure: the model runs as it is
     """Why a call, or a model, must go through as it is."""
 
 
@@ -82,7 +82,8 @@ def read_inputs(values: Mapping[str, Any]) -> Inputs:
         Unsuited: There are no token ids, or an argument is neither a column nor a number, string or flag: embeddings
             in their place, a mask of more dimensions, a key-value cache.
     """
-    ids = next((v for v in values.values() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()), None)
+    tables = {name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 2 and name != MASK}
+    ids = next((table for table in tables.values() if not table.is_floating_point()), None)
     if ids is None:
         raise Unsuited("no token ids (batch, seq) among the arguments")
     columns, options = {}, {}
@@ -141,7 +142,7 @@ def detach_rows(rows: Sequence[Row]) -> list[Row]:
 
 
 def batch_of(rows: Sequence[Row], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Columns ``(rows, longest)`` of the rows, padded on the right with zeros, in types and on the device of ``like``."""
+    """Columns ``(rows, longest)``, padded on the right with zeros, in the types and on the device of ``like``."""
     width = max(row.stop for row in rows)
     columns = {}
     for name, model in like.items():

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from lightning_ft.core.activation_store import ActivationStore, parse_size
 
 KEYS = [bytes([i]) * 16 for i in range(4)]
 
 
-def filled(folder: Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[ActivationStore, list[torch.Tensor]]:
+def filled(folder: Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[ActivationStore, list[Tensor]]:
     rows = [torch.randn(length, 3) for length in (2, 5, 1)]
     store = ActivationStore(3, 9, dtype, folder=folder)
     assert all(store.add(key, row) for key, row in zip(KEYS, rows, strict=False))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.functional.frozen_prefix import FrozenPrefix
-from lightning_ft.functional.prefix_cache import PrefixCache, all_rows, parameters_of
-from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth
+from lightning_ft.functional.prefix_cache import PrefixCache, all_rows
+from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth, parameters_of
 from lightning_ft.functional.prefix_rows import Unsuited, arguments, read_inputs, rows_of, signature_of
 from tests.tiny import BERT, LLAMA, TINY, classifier
 
@@ -77,15 +77,14 @@ def owner_call(model: nn.Module, layout: PrefixLayout, batch: dict[str, Any]) ->
     return caught
 
 
-def cache_of(model: nn.Module, groups: LayerGroups, batch: dict[str, Tensor], **options: Any) -> PrefixCache:
-    layout = PrefixLayout.of(model, groups)
+def cache_of(
+    model: nn.Module, groups: LayerGroups, batch: dict[str, Any], *, dtype: torch.dtype = torch.float32
+) -> PrefixCache:
+    """An empty one, made for the frozen part from one call of the model."""
+    layout, depth = PrefixLayout.of(model, groups), frozen_depth(groups)
     inputs = read_inputs(owner_call(model, layout, batch))
-    depth = frozen_depth(groups)
-    dtype = options.pop("dtype", torch.float32)
     prefix = FrozenPrefix(layout, depth, inputs, [(model, batch)], dtype=dtype)
-    cache = PrefixCache(prefix, parameters_of(groups, depth, blocks_of(groups)), options.pop("budget", 10**6), **options)
-    cache.fill(all_rows(owner_call(model, layout, b) for b in options.pop("rows", [])))
-    return cache
+    return PrefixCache(prefix, parameters_of(groups, depth), 10**6)
 
 
 @contextmanager
@@ -134,7 +133,7 @@ def fill_and_compare(model: nn.Module, groups: LayerGroups, side: str, types: bo
     cache = cache_of(model, groups, batches(side, 0, types=types, pad=pad)[0])
     layout = cache.prefix.layout
     columns = [read_inputs(owner_call(model, layout, b)).columns for b in batches(side, 1, types=types, pad=pad)]
-    cache.fill(all_rows(dict(c) for c in columns))
+    cache.fill(all_rows(columns))
     for batch in batches(side, 2, types=types, size=3, pad=pad):
         wanted = step(model, batch)
         with cached(cache) as counts:
@@ -363,7 +362,7 @@ def test_fill_does_not_depend_on_the_order_of_rows() -> None:
     stores = []
     for seed in (1, 2):
         cache = cache_of(model, groups, batches("right", 0)[0])
-        cache.fill(all_rows(iter(batches("right", seed))))
+        cache.fill(all_rows(batches("right", seed)))
         assert cache._store is not None
         keys = sorted(row.key for b in batches("right", 0) for row in rows_of(b))
         stores.append(cache._store.gather(cache._store.find(keys), [0] * ROWS, 12))
