@@ -172,7 +172,7 @@ class FrozenPrefix:
         return _stands((e for e in before if _has_parameters(e.module)), rows, length)
 
     def _learn_entry(self, callee: Callee, probe: Sequence[Row]) -> bool:
-        """Whether a call of ``callee`` makes one vector of each row, of nothing that trains; and what module takes it."""
+        """Whether a call of ``callee`` makes one vector of each row, of nothing that trains; which module takes it."""
         with ExitStack() as stack:
             _observed(stack, self._outermost.module)
             columns = batch_of(probe, self.like)

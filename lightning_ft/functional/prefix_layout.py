@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
 from lightning_ft.core.data_flow import first_fed
 from lightning_ft.core.layer_groups import LayerGroups
@@ -93,7 +92,13 @@ def _block_list(module: nn.Module, groups: LayerGroups) -> str:
 def _refuse_wrappers(module: nn.Module, lineage: Sequence[nn.Module]) -> None:
     if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in lineage):
         raise Unsuited("the model is compiled")
-    if any(isinstance(m, FullyShardedDataParallel) for m in module.modules()) or any(
-        isinstance(p, DTensor) for p in module.parameters()
-    ):
+    if torch.distributed.is_available() and _is_sharded(module):
         raise Unsuited("the model is sharded")
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    wrapped = any(isinstance(m, FullyShardedDataParallel) for m in module.modules())
+    return wrapped or any(isinstance(p, DTensor) for p in module.parameters())

@@ -354,6 +354,22 @@ def test_keeps_rows_as_they_come_where_the_data_cannot_be_read_ahead(case: str, 
     assert not list((tmp_path / "cache").glob("*")) if where == "disk" else True
 
 
+class Dropped(Filtered):
+    """Drops out between encoder and head, in a function and not in a module."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.classifier(F.dropout(self.encoder(tokens)[:, 0], 0.5, self.training))
+
+
+def test_dropout_below_the_head_stays_on() -> None:
+    """One vector for each row would be without it, so that the last block's output is kept."""
+    callback, stranger = FrozenPrefixCache(), Stranger("dropped", Dropped)
+    got = stranger.fit(Frozen(BELOW_HEAD), callback)
+    wanted = stranger.fit(Frozen(BELOW_HEAD, eval_mode=True))
+    close(weights(got.lightning_module), weights(wanted.lightning_module), atol=1e-4)
+    assert callback.report().rows[0]["cached"] == "the output of block 3 of 3"
+
+
 class Computed(Filtered):
     """Makes its inputs in the training step."""
 
