@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from pathlib import Path
@@ -104,6 +105,8 @@ class FrozenPrefixCache(Callback):
         self._cache: PrefixCache | None = None
         self._old: PrefixCache | None = None
         self._batch: Any = None
+        self._trainer: Any = None
+        self._signatures: dict[nn.Module, inspect.Signature] = {}
         self._parameters: list[nn.Parameter] = []
         self._refused = ""
         self._hooks: PrefixHooks | None = None
@@ -344,8 +347,9 @@ class FrozenPrefixCache(Callback):
     def _release(self) -> None:
         self._detach()
         self._drop()
-        self._hooks = self._batch = None
+        self._hooks = self._batch = self._trainer = None
         self._parameters = []
+        self._signatures = {}
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
