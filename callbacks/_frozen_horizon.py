@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
@@ -44,6 +45,7 @@ def _ahead(trainer: Trainer, now: Progress, epochs: float) -> Progress:
         epochs = min(epochs, last_epoch - now.epoch)
     # The thaw at the very end of the stretch is not part of it.
     epoch = now.epoch + max(0.0, epochs - 1e-6)
-    step = now.step + max(0.0, epochs * trainer.num_training_batches / trainer.accumulate_grad_batches - 1e-6)
+    batches = trainer.num_training_batches if math.isfinite(trainer.num_training_batches) else 0
+    step = now.step + max(0.0, epochs * batches / trainer.accumulate_grad_batches - 1e-6)
     parts = [done / last for done, last in ((epoch, last_epoch), (step, last_step)) if last > 0]
     return Progress(int(step), epoch, min(1.0, max(parts)) if parts else None)
