@@ -3,6 +3,7 @@
 from lightning_ft.callbacks.discriminative_lr import DiscriminativeLR
 from lightning_ft.callbacks.exact_resume import ExactResume
 from lightning_ft.callbacks.freeze import Freeze
+from lightning_ft.callbacks.frozen_prefix_cache import FrozenPrefixCache
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightning_ft.callbacks.l2_sp import L2SP
 from lightning_ft.callbacks.layer_reinit import LayerReinit
@@ -18,6 +19,7 @@ __all__ = [
     "DiscriminativeLR",
     "ExactResume",
     "Freeze",
+    "FrozenPrefixCache",
     "GradualUnfreezing",
     "LayerReinit",
     "LayerRemoval",

@@ -10,29 +10,30 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_ft.callbacks._trainer import training_progress
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
 from lightning_ft.core.layer_groups import LayerGroups
-from lightning_ft.core.schedule import Duration, Progress
+from lightning_ft.core.phases import Stage, due_stage
+from lightning_ft.core.schedule import Progress
 from lightning_ft.functional.prefix_layout import blocks_of
 
-Plan = tuple[Duration, Sequence[Sequence[str]]]
+Plan = Sequence[Stage]
 
 
 def thawing_plans(trainer: Trainer, module: LightningModule) -> list[Plan]:
     """The plans of the callbacks that unfreeze by time. Call before they freeze, in ``on_fit_start``."""
-    return [
-        (callback.every, callback.plan(module).phases)
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, GradualUnfreezing) and isinstance(callback.every, Duration)
-    ]
+    callbacks = [c for c in trainer.callbacks if isinstance(c, GradualUnfreezing)]  # type: ignore[attr-defined]
+    plans = [callback.stages(module) for callback in callbacks]
+    return [stages for stages in plans if any(stage.begins is not None for stage in stages)]
 
 
 def depth_that_lasts(
     trainer: Trainer, batch_idx: int, groups: LayerGroups, plans: Sequence[Plan], depth: int, epochs: float
 ) -> int:
     """How many of the lowest ``depth`` frozen blocks the plans leave frozen for so many epochs, or to the end."""
-    ahead = _ahead(trainer, training_progress(trainer, batch_idx), epochs)
+    now = training_progress(trainer, batch_idx)
+    ahead = _ahead(trainer, now, epochs)
     blocks = blocks_of(groups)
-    for every, phases in plans:
-        training = phases[min(every.count(ahead), len(phases) - 1)]
+    for stages in plans:
+        coming = stages[due_stage(stages, now) : due_stage(stages, ahead) + 1]
+        training = {name for stage in coming for name in stage.groups}
         lowest = next((i for i, name in enumerate(blocks) if name in training), len(blocks))
         depth = 0 if "embeddings" in training else min(depth, lowest)
     return depth
