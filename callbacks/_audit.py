@@ -49,12 +49,21 @@ class FirstStep:
         stage: The stage.
         optimizers: The trainer's.
         told: Names of parameters of which a warning has told already; new ones are added.
+        shared: Whether others may freeze more than the plan does.
     """
 
     def __init__(
-        self, owner: str, plan: FreezePlan, stage: int, optimizers: Sequence[Optimizer], told: set[str]
+        self,
+        owner: str,
+        plan: FreezePlan,
+        stage: int,
+        optimizers: Sequence[Optimizer],
+        told: set[str],
+        *,
+        shared: bool = False,
     ) -> None:
         self._owner = owner
+        self._shared = shared
         self._told = told
         self._phase = stage + 1
         self._training = {id(p): name for name, p in plan.training(stage)}
@@ -75,7 +84,8 @@ class FirstStep:
         self._waiting.remove(id(optimizer))
         self._refuse_what_else_freezes(parameters)
         # Fully sharded parameters may have an empty piece on this rank.
-        idle = [self._training[id(p)] for p in parameters if id(p) in self._training and p.grad is None and p.numel()]
+        trained = [p for p in parameters if id(p) in self._training and p.requires_grad]
+        idle = [self._training[id(p)] for p in trained if p.grad is None and p.numel()]
         if news := [name for name in idle if name not in self._told]:
             self._told.update(news)
             rank_zero_warn(
@@ -85,7 +95,8 @@ class FirstStep:
             )
 
     def _refuse_what_else_freezes(self, parameters: Sequence[nn.Parameter]) -> None:
-        wrong = [self._training[id(p)] for p in parameters if id(p) in self._training and not p.requires_grad]
+        stopped = [self._training[id(p)] for p in parameters if id(p) in self._training and not p.requires_grad]
+        wrong = [] if self._shared else stopped
         frozen = [p for p in parameters if id(p) in self._frozen]
         wrong += [self._frozen[id(p)] for p in frozen if p.requires_grad or p.grad is not None]
         if wrong:

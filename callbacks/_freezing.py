@@ -21,11 +21,13 @@ class Freezing:
     Args:
         owner: Name of the callback, for messages.
         plan: What trains at which stage.
+        shared: Whether other callbacks may freeze more than the plan does.
     """
 
-    def __init__(self, owner: str, plan: FreezePlan) -> None:
+    def __init__(self, owner: str, plan: FreezePlan, *, shared: bool = False) -> None:
         self.owner = owner
         self.plan = plan
+        self.shared = shared
         self._stage: int | None = None
         self._audit: FirstStep | None = None
         self._told: set[str] = set()
@@ -53,7 +55,7 @@ class Freezing:
             rewrap_ddp(trainer)
         if changed or stage != self._stage:
             self._stop_audit()
-            self._audit = FirstStep(self.owner, self.plan, stage, trainer.optimizers, self._told)
+            self._audit = FirstStep(self.owner, self.plan, stage, trainer.optimizers, self._told, shared=self.shared)
             self._log(trainer, stage)
         self._stage = stage
 

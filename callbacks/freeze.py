@@ -134,7 +134,8 @@ class Freeze(Callback):
             raise ValueError(
                 "GradualUnfreezing, listed before Freeze, would thaw what Freeze freezes: list Freeze before it"
             )
-        self._freezing = Freezing(type(self).__name__, self.plan(pl_module))
+        # GradualUnfreezing, listed behind, freezes more.
+        self._freezing = Freezing(type(self).__name__, self.plan(pl_module), shared=True)
         self._freezing.enter(trainer, 0)
         if self.eval_mode:
             self._modes = [m for top in _frozen_modules(pl_module) for m in top.modules() if m.training]
