@@ -217,7 +217,7 @@ def test_plan_prints_phases_and_rates_and_trains_nothing(project: Path) -> None:
     output = lightning_ft(project, "plan", "--config", "config.yaml")
     lines = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
     # 19 batches, accumulated by 2, 3 epochs: 30 steps; 5 phases, one each 0.15 of them.
-    assert [row[1] for row in lines if len(row) == 7 and row[0].isdigit()] == [
+    assert [row[1] for row in lines if len(row) == 8 and row[0].isdigit()] == [
         "start",
         "step 5",
         "step 9",
