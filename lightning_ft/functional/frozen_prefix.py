@@ -103,7 +103,9 @@ class FrozenPrefix:
         self._learn_owner(owner, probe)
         if depth == len(layout.blocks) and any(self._proved_pooled(callee, inputs, probe) for callee in callees[1:]):
             return
-        self.callee, self.entry, self.stop = owner, None, layout.blocks[depth - 1]
+        self.callee = owner
+        self.entry: nn.Module | None = None
+        self.stop: nn.Module = layout.blocks[depth - 1]
         self._skipped, self.width, self._value_dtype = self._skipped_by_owner, self._hidden_width, self._hidden_dtype
         self.prove(inputs)
 
@@ -188,11 +190,12 @@ class FrozenPrefix:
         assert vector is not None
         if vector.requires_grad:
             return False
-        self.callee, self.entry, self.stop = callee, entry[1].module, entry[1].module
+        self.callee, self.stop = callee, entry[1].module
+        self.entry = self.stop
         with ExitStack() as stack:
             # Dropout before that module, in modules that keep their mode, would be lost: then the vector changes here.
             _observed(stack, self.layout.owner)
-            drawn = _vector(run_until(callee.module, callee.kwargs(columns), self.entry, output=False), rows)
+            drawn = _vector(run_until(callee.module, callee.kwargs(columns), self.stop, output=False), rows)
         self._value_dtype = vector.dtype
         if drawn is None or _difference(vector, drawn, None, self._tolerance()):
             return False
@@ -310,8 +313,8 @@ class FrozenPrefix:
         if len(wanted) != len(got) or not wanted:
             raise Unsuited(f"the output of {name} cannot be compared")
         for a, b in zip(wanted, got, strict=True):
-            if error := _difference(a, b, real, self._tolerance()):
-                raise Unsuited(f"without its prefix {name} gives something else ({error})")
+            if reason := _difference(a, b, real, self._tolerance()):
+                raise Unsuited(f"without its prefix {name} gives something else ({reason})")
 
     def _stood_in(self, callee: Callee, columns: Mapping[str, Tensor], values: Tensor) -> Any:
         def enter(*_: Any) -> None:
@@ -355,7 +358,7 @@ def digest(tensors: Iterable[Tensor], also: str = "") -> str:
     for tensor in tensors:
         result.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
-        result.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        result.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return result.hexdigest()
 
 
