@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -60,6 +62,32 @@ def test_overhead(tmp_path: Path) -> None:
         _run("overhead.py", "--results", str(tmp_path)), tmp_path / "overhead.json", {"Step time", "Added to a step"}
     )
     assert len(content["tables"]["Added to a step"]) == 6
+
+
+def test_packing(real_data: Path, tmp_path: Path) -> None:
+    tokenizer = real_data.parent / "models" / "aidreams260k"
+    done = _run(
+        "packing.py",
+        *("--data", str(real_data / "self_instruct"), "--tokenizer", str(tokenizer), "--results", str(tmp_path)),
+    )
+    content = _check(done, tmp_path / "packing.json", {"Real tokens per second", "Seconds per real token"})
+    by_name = {row["batches"]: row for row in content["tables"]["Real tokens per second"]}
+    assert by_name["packed"]["padding over real tokens"] < by_name["random"]["padding over real tokens"]
+
+
+@pytest.mark.parametrize("head", ["tagging", "multiple choice"])
+def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
+    done = _run("heads_vs_hf.py", "--heads", head, "--results", str(tmp_path))
+    name = head.replace(" ", "_")
+    titles = {"Losses, step by step", "Step time, identical batches"}
+    time = json.loads((tmp_path / f"heads_time_{name}.json").read_text(encoding="utf-8"))
+    metric = json.loads((tmp_path / f"heads_metric_{name}.json").read_text(encoding="utf-8"))
+    assert done.returncode == 0, done.stderr
+    assert set(time["tables"]) == titles
+    assert time["tables"]["Losses, step by step"][0]["worst difference"] <= 1e-5
+    (row,) = metric["tables"]["Dev metric"]
+    assert 0 <= row["lightning_ft"] <= 1
+    assert len(metric["scores"]["HF Trainer"]) == 1
 
 
 def test_absent_data_is_named(tmp_path: Path) -> None:
