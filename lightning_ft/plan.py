@@ -131,8 +131,13 @@ def _timeline(
 
 def _first_step(stage: Stage, number: int, count: int, per_epoch: float, total: float) -> int:
     if number and stage.begins is None:  # a metric says when: as if all were of one length
-        return math.ceil(number * total / count)
-    return 0 if stage.begins is None else math.ceil(stage.begins.steps(steps_per_epoch=per_epoch, total_steps=total))
+        return _first(number * total / count)
+    return 0 if stage.begins is None else _first(stage.begins.steps(steps_per_epoch=per_epoch, total_steps=total))
+
+
+def _first(step: float) -> int:
+    """The first whole step from a time on: 0.3 · 440 is 132.00000000000003, and is step 132."""
+    return math.ceil(step - 1e-9 * max(step, 1))
 
 
 def _schedule(model: LightningModule, total: int) -> Callable[[int], float]:
@@ -172,7 +177,7 @@ def _begin(unfreezing: GradualUnfreezing | None, stage: Stage, per_epoch: float,
     step = stage.begins.steps(steps_per_epoch=per_epoch, total_steps=total)
     if math.isnan(step):
         return str(stage.begins)
-    return "never" if step >= total else f"step {math.ceil(step):,}"
+    return "never" if step >= total else f"step {_first(step):,}"
 
 
 def _number(value: float) -> int | str:

@@ -21,6 +21,7 @@ from lightning_ft.callbacks import TrainingModeCheck
 from lightning_ft.cli import FineTuningCLI, checkpoint_labels, last_checkpoint, run_folder
 from lightning_ft.demo import CONFIG
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
+from lightning_ft.plan import _first
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
 
@@ -227,6 +228,10 @@ def test_plan_prints_phases_and_rates_and_trains_nothing(project: Path) -> None:
     rates = {row[0]: float(row[-1]) for row in lines if row[0] in ("embeddings", "block.2", "head")}
     assert rates == {"embeddings": pytest.approx(0.01 * 0.8**4), "block.2": pytest.approx(0.008), "head": 0.01}
     assert not (project / "runs").exists()
+
+
+def test_plan_is_not_off_by_rounding() -> None:
+    assert [_first(3 * 0.1 * 440), _first(0.45 * 30), _first(0.0), _first(7.0)] == [132, 14, 0, 7]
 
 
 def test_plan_draws_a_picture(project: Path) -> None:
