@@ -50,6 +50,7 @@ def _read(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[Any]:
     batches: Any = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     # Without a batch sampler the data set is indexed with what the sampler gives: rows, or whole batches of them.
     whole = loader.batch_sampler is None and hasattr(loader.sampler, "batch_size")
+    order: dict[str, Any] = {"batch_size": None, "sampler": batches if whole else rows}
     again: DataLoader[Any] = DataLoader(
         loader.dataset,
         collate_fn=loader.collate_fn,
@@ -57,8 +58,7 @@ def _read(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
-        **({"batch_sampler": batches} if loader.batch_sampler else {"batch_size": None}),
-        **({} if loader.batch_sampler else {"sampler": batches if whole else rows}),
+        **({"batch_sampler": batches} if loader.batch_sampler else order),
     )
     for batch in again:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

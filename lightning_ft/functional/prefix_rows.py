@@ -86,7 +86,8 @@ def read_inputs(values: Mapping[str, Any]) -> Inputs:
     ids = next((table for table in tables.values() if not table.is_floating_point()), None)
     if ids is None:
         raise Unsuited("no token ids (batch, seq) among the arguments")
-    columns, options = {}, {}
+    columns: dict[str, Tensor] = {}
+    options: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Tensor):
             if value.ndim != 2 or value.shape[1] != ids.shape[1] or value.shape[0] not in (1, ids.shape[0]):
