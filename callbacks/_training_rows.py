@@ -50,11 +50,7 @@ def _read(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[Any]:
     batches: Any = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     # Without a batch sampler the data set is indexed with what the sampler gives: rows, or whole batches of them.
     whole = loader.batch_sampler is None and hasattr(loader.sampler, "batch_size")
-    how: dict[str, Any] = (
-        {"batch_sampler": batches}
-        if loader.batch_sampler
-        else {"batch_size": None, "sampler": batches if whole else rows}
-    )
+    order: dict[str, Any] = {"batch_size": None, "sampler": batches if whole else rows}
     again: DataLoader[Any] = DataLoader(
         loader.dataset,
         collate_fn=loader.collate_fn,
@@ -62,7 +58,7 @@ def _read(trainer: Trainer, loader: DataLoader[Any]) -> Iterator[Any]:
         multiprocessing_context=loader.multiprocessing_context,
         worker_init_fn=loader.worker_init_fn,
         generator=torch.Generator(),
-        **how,
+        **({"batch_sampler": batches} if loader.batch_sampler else order),
     )
     for batch in again:
         yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

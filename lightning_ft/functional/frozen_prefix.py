@@ -91,6 +91,8 @@ class FrozenPrefix:
         self.layout, self.depth, self.dtype = layout, depth, dtype
         self._forwards = Forwards()
         self._pending: Tensor | None = None
+        self.entry: nn.Module | None = None
+        """The module that takes the pooled vectors; None where a vector is kept for each token."""
         self.like = {name: column[:1] for name, column in inputs.columns.items()}
         probe = _probe(rows_of(inputs.columns))
         owner = Callee(layout.owner, {name: name for name in inputs.columns}, inputs.options)
@@ -313,8 +315,8 @@ class FrozenPrefix:
         if len(wanted) != len(got) or not wanted:
             raise Unsuited(f"the output of {name} cannot be compared")
         for a, b in zip(wanted, got, strict=True):
-            if reason := _difference(a, b, real, self._tolerance()):
-                raise Unsuited(f"without its prefix {name} gives something else ({reason})")
+            if found := _difference(a, b, real, self._tolerance()):
+                raise Unsuited(f"without its prefix {name} gives something else ({found})")
 
     def _stood_in(self, callee: Callee, columns: Mapping[str, Tensor], values: Tensor) -> Any:
         def enter(*_: Any) -> None:
@@ -358,7 +360,8 @@ def digest(tensors: Iterable[Tensor], also: str = "") -> str:
     for tensor in tensors:
         result.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         flat = tensor.detach().to("cpu").contiguous().flatten()
-        result.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+        if flat.numel():
+            result.update(flat.view(torch.uint8).numpy().data)
     return result.hexdigest()
 
 
