@@ -106,7 +106,7 @@ class FrozenPrefix:
         if depth == len(layout.blocks) and any(self._proved_pooled(callee, inputs, probe) for callee in callees[1:]):
             return
         self.callee = owner
-        self.entry: nn.Module | None = None
+        self.entry = None
         self.stop: nn.Module = layout.blocks[depth - 1]
         self._skipped, self.width, self._value_dtype = self._skipped_by_owner, self._hidden_width, self._hidden_dtype
         self.prove(inputs)
