@@ -102,7 +102,8 @@ class LayerTimeline(Callback):
         self._release()
 
     def _draw(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero or self.timeline is None or not self.timeline.steps:
+        dry = not trainer.is_global_zero or trainer.fast_dev_run  # type: ignore[attr-defined]
+        if dry or self.timeline is None or not self.timeline.steps:
             return
         path = self.path or Path(trainer.default_root_dir) / "layers.png"
         plot_timeline(self.timeline, path, title=f"{type(module).__name__}: what trained when")

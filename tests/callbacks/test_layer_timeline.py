@@ -110,6 +110,11 @@ def test_pictures_that_cannot_be(path: str, steps: int, message: str, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_draws_nothing(tmp_path: Path) -> None:
+    FILTERED.fit(LayerTimeline(tmp_path / "layers.png"), fast_dev_run=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_points_must_be_two_or_more() -> None:
     with pytest.raises(ValueError, match="points=1 must be 2 or more"):
         LayerTimeline(points=1)
