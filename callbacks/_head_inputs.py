@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+
+from lightning_ft.core.undisturbed import eval_mode, same_randomness
 
 Labels = int | str | Callable[[Any], Any]
 IGNORED = -100
@@ -200,27 +201,21 @@ def _arguments(step: Callable[..., Any]) -> int:
 @contextlib.contextmanager
 def _undisturbed(module: LightningModule, loader: Any) -> Iterator[None]:
     """Eval mode, no gradients, no compilation; afterwards every mode, flag, random state and position is as before."""
-    modes = [(m, m.training) for m in module.modules()]
     flags = [(p, p.requires_grad) for p in module.parameters()]  # a step may toggle them
     states = [(generator, generator.get_state()) for generator in _generators(loader)]
     # Workers that persist, and loaders that tell their position, keep their iterator, and the fit has made its own.
     iterator = getattr(loader, "_iterator", None)
-    cuda = [module.device] if module.device.type == "cuda" else []
     try:
         if iterator is not None:
             loader._iterator = None
-        for m, _ in modes:
-            m.training = False
         with (
             torch.no_grad(),
-            torch.random.fork_rng(cuda),
-            _python_and_numpy(),
+            eval_mode(module.modules()),
+            same_randomness(),
             torch.compiler.set_stance("force_eager"),
         ):
             yield
     finally:
-        for m, training in modes:
-            m.training = training
         for p, flag in flags:
             p.requires_grad_(flag)
         for generator, state in states:
@@ -235,15 +230,3 @@ def _generators(loader: Any) -> list[torch.Generator]:
     holders += [getattr(holder, "sampler", None) for holder in holders]
     found = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
     return list({id(value): value for value in found if isinstance(value, torch.Generator)}.values())
-
-
-@contextlib.contextmanager
-def _python_and_numpy() -> Iterator[None]:
-    import numpy as np
-
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -20,8 +20,8 @@ from lightning_ft.callbacks._training_rows import column, column_paths, training
 from lightning_ft.core.activation_store import parse_size
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
+from lightning_ft.core.undisturbed import same_randomness
 from lightning_ft.functional.frozen_prefix import Callee, FrozenPrefix
-from lightning_ft.functional.module_trace import same_randomness
 from lightning_ft.functional.prefix_cache import PrefixCache, all_rows
 from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth, parameters_of
 from lightning_ft.functional.prefix_rows import Inputs, Unsuited, arguments, read_inputs, signature_of

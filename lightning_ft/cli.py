@@ -154,7 +154,7 @@ class FineTuningCLI(LightningCLI):
         weight_decay = optimizer.defaults.get("weight_decay")
         if isinstance(lightning_module, _modules.TransformerModule) and weight_decay:
             optimizer.param_groups.clear()
-            for group in decay_groups(lightning_module.parameters(), weight_decay):
+            for group in decay_groups(lightning_module, weight_decay):
                 optimizer.add_param_group(group)
         if lr_scheduler is not None:
             lr_scheduler = instantiate_class(optimizer, self._scheduler_config(lightning_module.trainer))

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.data.sources import Source
+from lightning_ft.data.words import are_spaces, code_points
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +199,7 @@ def _without_spaces(offsets: np.ndarray, rows: np.ndarray, texts: list[str]) -> 
 
     lengths = np.array([len(text) for text in texts])
     base = (lengths.cumsum() - lengths)[rows]
-    space = _is_space("".join(texts))
+    space = are_spaces(code_points("".join(texts)))
     place = np.arange(len(space))
     after = np.minimum.accumulate(np.where(space, len(space), place)[::-1])[::-1]
     before = np.maximum.accumulate(np.where(space, -1, place))
@@ -207,15 +208,6 @@ def _without_spaces(offsets: np.ndarray, rows: np.ndarray, texts: list[str]) -> 
     starts[fits] = after[(base + starts)[fits]] - base[fits]
     ends[fits] = before[(base + ends)[fits] - 1] + 1 - base[fits]
     return starts, ends
-
-
-def _is_space(text: str) -> np.ndarray:
-    import numpy as np
-
-    table = np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one
-    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    result: np.ndarray = table[np.minimum(codes, len(table) - 1)]
-    return result
 
 
 def _short(text: str) -> str:

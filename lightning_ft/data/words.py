@@ -140,7 +140,7 @@ def _mark(
     import numpy as np
 
     of = np.repeat(np.arange(len(texts)), sizes)
-    codes = np.frombuffer(" ".join(texts).encode("utf-32-le"), np.uint32)
+    codes = code_points(" ".join(texts))
     spans = np.array([span for encoding in encodings for span in encoding.offsets], np.int64).reshape(-1, 2)
     start, end = _trimmed(spans + bases[of][:, None], codes)
     real = np.flatnonzero(inside & (start < end))
@@ -163,7 +163,7 @@ def _trimmed(spans: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Spans without the white space at their ends, which byte-level and Unigram tokens begin with."""
     import numpy as np
 
-    dark = ~_are(codes, _is_space)
+    dark = ~are_spaces(codes)
     index = np.arange(len(codes))
     following = np.minimum.accumulate(np.where(dark, index, len(codes))[::-1])[::-1]
     before = np.maximum.accumulate(np.where(dark, index, -1))
@@ -247,9 +247,27 @@ def _are(codes: np.ndarray, test: Any) -> np.ndarray:
     return np.array([test(int(code)) for code in distinct], bool)[which]
 
 
+def code_points(text: str) -> np.ndarray:
+    """The number of each character, ``(characters,)``."""
+    import numpy as np
+
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+def are_spaces(codes: np.ndarray) -> np.ndarray:
+    """Which characters, by their numbers, are white space."""
+    import numpy as np
+
+    table = _space_table()
+    result: np.ndarray = table[np.minimum(codes, len(table) - 1)]
+    return result
+
+
 @cache
-def _is_space(code: int) -> bool:
-    return chr(code).isspace()
+def _space_table() -> np.ndarray:
+    import numpy as np
+
+    return np.array([chr(code).isspace() for code in range(0x3002)])  # U+3000 is the last one
 
 
 @cache

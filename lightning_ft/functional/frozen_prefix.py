@@ -13,16 +13,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.core.undisturbed import eval_mode, same_randomness
 from lightning_ft.functional.module_trace import (
     Event,
     Forwards,
     Stand,
     apart,
     as_forward,
-    eval_mode,
     float_tensors,
     run_until,
-    same_randomness,
     trace,
 )
 from lightning_ft.functional.prefix_layout import PrefixLayout

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_ft.core.undisturbed import eval_mode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -47,9 +49,7 @@ def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
     tokens = tokens.expand(min(len(input_ids), 2), -1)
     once = torch.arange(half, device=tokens.device)
     twice = torch.arange(2 * half, device=tokens.device)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with eval_mode(model.modules()):
         packed, alone, joined = (
             model(input_ids=ids, position_ids=positions.expand(len(ids), -1), use_cache=False).logits[:, -half:].float()
             for ids, positions in (
@@ -58,9 +58,6 @@ def keeps_documents_apart(model: PreTrainedModel, input_ids: Tensor) -> bool:
                 (tokens, twice),
             )
         )
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return bool((packed - alone).abs().max() <= _LEAK * (joined - alone).abs().max())
 
 

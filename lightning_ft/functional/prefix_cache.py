@@ -105,11 +105,6 @@ class PrefixCache:
         folder = None if self.folder is None else self.folder / f".lazy.{os.getpid()}.tmp"
         self._store = ActivationStore(self.prefix.width, self._capacity, self.prefix.dtype, folder=folder)
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether :meth:`fill` or :meth:`start_empty` was called."""
-        return self._store is not None
-
     def answer(self, inputs: Inputs) -> tuple[int, int]:
         """Stand in for the prefix in a call of its owner.
 
