@@ -48,6 +48,7 @@ bench: .venv
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/heads_vs_hf.py
 	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/frozen_prefix.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest build dist *.egg-info

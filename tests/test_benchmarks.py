@@ -75,6 +75,15 @@ def test_packing(real_data: Path, tmp_path: Path) -> None:
     assert by_name["packed"]["padding over real tokens"] < by_name["random"]["padding over real tokens"]
 
 
+def test_frozen_prefix(real_data: Path, tmp_path: Path) -> None:
+    done = _run("frozen_prefix.py", "--data", str(real_data / "sst2"), "--results", str(tmp_path))
+    phases = {"Step time, head only", "Step time, top block and head"}
+    content = _check(done, tmp_path / "frozen_prefix.json", {*phases, "Steps, fill and memory"})
+    for row in content["tables"]["Steps, fill and memory"]:
+        assert row["how"] == "filled"
+        assert row["hits"] == row["seen"] == 192
+
+
 @pytest.mark.parametrize("head", ["tagging", "multiple choice"])
 def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     done = _run("heads_vs_hf.py", "--heads", head, "--results", str(tmp_path))
