@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -98,14 +99,34 @@ def sum_of_squares(
     parts: dict[Any, list[Tensor]] = {}
     models: Sequence[Any] = like or tensors
     for tensor, model in zip(tensors, models, strict=True):
-        # HSDP, tensor parallelism: each mesh and placement has its own processes to sum over.
-        key = (model.device_mesh, model.placements) if hasattr(model, "device_mesh") else None
-        parts.setdefault(key, []).append(local(tensor))
+        parts.setdefault(_sharing(model), []).append(local(tensor))
     sums = [
         _over_processes(torch.stack(torch._foreach_norm(part, dtype=dtype)).square().sum(), key)
         for key, part in parts.items()
     ]
     return torch.stack(sums).sum()
+
+
+def squares_over_processes(squares: Sequence[Tensor], *, like: Sequence[Tensor]) -> float:
+    """The sum of what each process found for its own part of each tensor. Call on all processes.
+
+    Args:
+        squares: 0-D and on the CPU, one a tensor.
+        like: Tensors that are sharded as those are.
+    """
+    parts: dict[Any, list[float]] = {}
+    for square, model in zip(squares, like, strict=True):
+        parts.setdefault(_sharing(model), []).append(float(square))
+    sums = []
+    for key, part in parts.items():
+        device = None if key is None else key[0].device_type
+        sums.append(float(_over_processes(torch.tensor(math.fsum(part), dtype=torch.float64, device=device), key)))
+    return math.fsum(sums)
+
+
+def _sharing(tensor: Any) -> Any:
+    # HSDP, tensor parallelism: each mesh and placement has its own processes to sum over.
+    return (tensor.device_mesh, tensor.placements) if hasattr(tensor, "device_mesh") else None
 
 
 def _over_processes(total: Tensor, key: Any) -> Tensor:

@@ -181,7 +181,7 @@ def test_decoupled_pulls_at_the_rates_of_discriminative_lr_in_either_order() -> 
 
 
 def test_refuses_a_pull_that_jumps_past_the_anchor() -> None:
-    with pytest.raises(ValueError, match=r"learning rate 0.1 times strength=10 is 1 or more: .* Lower the strength"):
+    with pytest.raises(ValueError, match=r"at learning rate 0.1 pulls 1 of the way back, .*: lower the strength"):
         run(L2SP(10.0, "decoupled"))
 
 
@@ -337,6 +337,10 @@ def test_refuses_a_model_whose_body_is_frozen() -> None:
         ({"strength": float("nan")}, "strength=nan must be 0 or more"),
         ({"strength": 1.0, "head_strength": -1.0}, "head_strength=-1.0 must be 0 or more"),
         ({"strength": 1.0, "mode": "both"}, "mode='both' must be \"coupled\""),
+        ({}, "strength=None and pull_rate=None: give one of them"),
+        ({"strength": 1.0, "pull_rate": 1.0}, "strength=1.0 and pull_rate=1.0: give one of them"),
+        ({"pull_rate": 1e-3}, "pull_rate=0.001 is of a pull beside the step"),
+        ({"pull_rate": -1e-3, "mode": "decoupled"}, "pull_rate=-0.001 must be 0 or more"),
     ],
 )
 def test_refuses_bad_arguments_at_once(arguments: dict[str, Any], message: str) -> None:

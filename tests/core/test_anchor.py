@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,46 @@ def test_keeps_what_was_while_the_parameters_move() -> None:
     assert not reference.requires_grad
 
 
-def test_like_follows_order_and_dtype() -> None:
+def test_like_follows_order() -> None:
     layer = nn.Linear(3, 2)
     anchor = Anchor.capture(layer.named_parameters())
-    bias, weight = anchor.like([("bias", layer.bias), ("weight", layer.weight.double())])
-    assert (bias.shape, weight.shape, weight.dtype) == ((2,), (2, 3), torch.float64)
+    bias, weight = anchor.like([("bias", layer.bias), ("weight", layer.weight)])
+    assert (bias.shape, weight.shape) == ((2,), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("storage", "stored", "moved"),
+    [
+        ("device", torch.float32, torch.float64),
+        ("bf16", torch.bfloat16, torch.bfloat16),
+        ("cpu", torch.float32, torch.float32),
+    ],
+)
+def test_storage(storage: Any, stored: torch.dtype, moved: torch.dtype) -> None:
+    """How it is kept, and that the fingerprint is that of the weights at their full precision all the same."""
+    layer = nn.Linear(30, 20)
+    anchor = Anchor.capture(layer.named_parameters(), storage)
+    assert anchor.fingerprint() == Anchor.capture(layer.named_parameters()).fingerprint()
+    assert {t.dtype for t in anchor.tensors.values()} == {stored}
+    tolerance = {"rtol": 2**-8, "atol": 0.0} if storage == "bf16" else {"rtol": 0.0, "atol": 0.0}
+    torch.testing.assert_close(anchor.tensors["weight"].float(), layer.weight.detach(), **tolerance)
+    layer.weight.data.zero_()
+    assert anchor.tensors["weight"].any()
+    anchor.move(layer.double().named_parameters())
+    assert {t.dtype for t in anchor.tensors.values()} == {moved}
+
+
+def test_select_shares_the_tensors() -> None:
+    layer = nn.Linear(3, 2)
+    anchor = Anchor.capture(layer.named_parameters())
+    part = anchor.select(["bias"])
+    assert part.tensors["bias"] is anchor.tensors["bias"]
+    assert part.fingerprint() == Anchor.capture([("bias", layer.bias)]).fingerprint()
+
+
+def test_refuses_an_unknown_storage() -> None:
+    with pytest.raises(ValueError, match="storage='tape' must be one of"):
+        Anchor.capture([], "tape")  # type: ignore[arg-type]
 
 
 def test_like_refuses_other_shapes_and_names() -> None:

@@ -19,6 +19,17 @@ def odd_tensors() -> list[Tensor]:
     return [nn.Parameter(tensor) for tensor in (flat, turned.T, sliced[:, ::2], *others)]
 
 
+FORMS = ["zero", "reference", "weights"]
+
+
+def form(name: str, theta: list[Tensor]) -> QuadraticPenalty:
+    if name == "zero":
+        return QuadraticPenalty(ALPHA)
+    reference = [torch.randn_like(p).detach() for p in theta]
+    weights = [torch.rand_like(p).detach() for p in theta] if name == "weights" else None
+    return QuadraticPenalty(ALPHA, reference, weights)
+
+
 @pytest.fixture(params=[1, 3, 1 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(penalty, "_PIECE", request.param)
@@ -26,11 +37,10 @@ def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("scale", [None, 1024.0])
-@pytest.mark.parametrize("referenced", [True, False])
-def test_add_grad_is_autograd_of_value(referenced: bool, scale: float | None) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_add_grad_is_autograd_of_value(name: str, scale: float | None) -> None:
     theta = odd_tensors()
-    reference = [torch.randn_like(p).detach() for p in theta] if referenced else None
-    quadratic = QuadraticPenalty(ALPHA, reference)
+    quadratic = form(name, theta)
     expected = torch.autograd.grad(quadratic.value(theta), theta)
 
     task = [torch.randn_like(p) for p in theta]
@@ -51,6 +61,34 @@ def test_value_is_the_closed_form() -> None:
     assert QuadraticPenalty(ALPHA, []).value([]).item() == 0
 
 
+def test_weights_price_each_value() -> None:
+    theta = nn.Parameter(torch.tensor([2.0, 2.0]))
+    quadratic = QuadraticPenalty(0.5, [torch.ones(2)], [torch.tensor([3.0, 0.0])])
+    assert quadratic.value([theta]).item() == pytest.approx(0.5 * 0.5 * 3)
+    theta.grad = torch.zeros(2)
+    quadratic.add_grad_([theta])
+    assert theta.grad.tolist() == [1.5, 0.0]
+    quadratic.pull_([theta], learning_rate=0.1)
+    assert theta.tolist() == pytest.approx([2 - 0.1 * 1.5, 2.0])
+
+
+@pytest.mark.usefixtures("piece")
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_references_and_weights_of_less_precision(rate: Any) -> None:
+    theta = [nn.Parameter(torch.full((5, 3), 2.0))]
+    theta[0].grad = torch.zeros(5, 3)
+    quadratic = QuadraticPenalty(0.5, [torch.ones(5, 3).bfloat16()], [torch.full((5, 3), 0.5).bfloat16()])
+    (expected,) = torch.autograd.grad(quadratic.value(theta), theta)
+    assert torch.equal(expected, torch.full((5, 3), 0.25))
+    quadratic.add_grad_(theta)
+    assert torch.equal(theta[0].grad, expected)
+    quadratic.pull_(theta, learning_rate=rate)
+    torch.testing.assert_close(theta[0].detach(), torch.full((5, 3), 1.975))
+    plain = QuadraticPenalty(0.5, [torch.ones(5, 3).bfloat16()])
+    plain.pull_(theta, learning_rate=rate)
+    torch.testing.assert_close(theta[0].detach(), torch.full((5, 3), 1 + 0.95 * 0.975))
+
+
 def test_gradient_of_value_is_finite_at_the_anchor() -> None:
     theta = nn.Parameter(torch.ones(3))
     QuadraticPenalty(ALPHA, [torch.ones(3)]).value([theta]).backward()
@@ -58,11 +96,10 @@ def test_gradient_of_value_is_finite_at_the_anchor() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-@pytest.mark.parametrize("referenced", [True, False])
-def test_pull_is_a_step_of_gradient_descent(referenced: bool, rate: Any) -> None:
+@pytest.mark.parametrize("name", FORMS)
+def test_pull_is_a_step_of_gradient_descent(name: str, rate: Any) -> None:
     theta = odd_tensors()
-    reference = [torch.randn_like(p).detach() for p in theta] if referenced else None
-    quadratic = QuadraticPenalty(ALPHA, reference)
+    quadratic = form(name, theta)
     expected = [p - 0.1 * g for p, g in zip(theta, torch.autograd.grad(quadratic.value(theta), theta), strict=True)]
     for p in theta:
         p.grad = torch.zeros_like(p)
@@ -131,3 +168,8 @@ def test_at_the_anchor_no_bit_of_the_gradient_changes() -> None:
 def test_refuses_a_negative_strength(strength: float) -> None:
     with pytest.raises(ValueError, match="must be 0 or more"):
         QuadraticPenalty(strength)
+
+
+def test_refuses_weights_without_a_reference() -> None:
+    with pytest.raises(ValueError, match="weights need a reference"):
+        QuadraticPenalty(1.0, None, [torch.ones(1)])
