@@ -3,10 +3,11 @@
 MiniLM on SST-2 and TREC-6 under Lightning's Trainer, with SequenceClassification for everyone. Four contestants: all
 layers from the start; finetuning-scheduler (from `make rivals`) with an explicit schedule and epoch_transitions_only;
 GradualUnfreezing with the same phases; and that with FrozenPrefixCache. Weights, head, batches, their order, optimiser
-(fused AdamW, no decay for vectors), largest rate, warm-up and linear decay over the whole run are the same for all.
-The cache runs the frozen part without dropout; the others keep it on. finetuning-scheduler has restore_best=False and
-an FTSCheckpoint that saves nothing, so that nobody writes checkpoints; new groups get the schedule
-(apply_lambdas_new_pgs=True), the common rate, and no decay for vectors (its no_decay attribute).
+(fused AdamW, no decay for vectors), largest rate, warm-up and linear decay over the whole run are the same for all;
+that they train alike is checked first, without dropout, step by step. The cache runs the frozen part without dropout;
+the others keep it on. finetuning-scheduler has restore_best=False and an FTSCheckpoint that saves nothing, so that
+nobody writes checkpoints; new groups get the schedule (apply_lambdas_new_pgs=True), the common rate, and no decay for
+vectors (its no_decay attribute).
 
 Every run is a process of its own. The clock starts right before trainer.fit and is read after each validation:
 tokenising, filling the cache and validation count, start of Python and loading of the model do not. A step is timed
@@ -16,14 +17,14 @@ alone.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import sys
 import tempfile
 import time
-from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from itertools import pairwise
@@ -54,7 +55,7 @@ DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "sha
 FULL, OURS, CACHED = "full fine-tuning", "GradualUnfreezing", "GradualUnfreezing + FrozenPrefixCache"
 CONTESTANTS = (FULL, FTS, OURS, CACHED)
 TASKS = ("sst2", "trec6")
-BATCH, WARMUP = 32, 0.1
+WARMUP, TOLERANCE = 0.1, 1e-4
 NO_DECAY = ["bias", "LayerNorm.weight"]
 Result = dict[str, Any]
 Results = dict[str, list[Result]]
@@ -129,6 +130,7 @@ class Stopwatch(Callback):
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
         self.epochs: list[Row] = []
+        self.losses: list[torch.Tensor] = []
         self._validation = self._since = 0.0
         self.began = time.perf_counter()
 
@@ -136,9 +138,10 @@ class Stopwatch(Callback):
         """A new list of batches."""
         self.batches.append([])
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """One more batch."""
         self.batches[-1].append(time.perf_counter())
+        self.losses.append(outputs["loss"])
 
     def on_validation_start(self, *_: Any) -> None:
         """The training is interrupted."""
@@ -159,7 +162,7 @@ class Stopwatch(Callback):
         return [median(b - a for batches in part for a, b in pairwise(batches)) for part in parts]
 
 
-def run(options: Any, seed: int) -> Result:
+def run(options: Any, name: str, seed: int) -> Result:
     """Train once."""
     seed_everything(seed, verbose=False)
     steps = read_phases(options.phases, options.epochs)
@@ -170,14 +173,17 @@ def run(options: Any, seed: int) -> Result:
     labels = sorted({str(label) for label in rows["train"]["label"]})
     counts = {"train": options.rows, "val": options.dev_rows}
     parts = {name: part.select(range(min(counts[name], len(part)))) for name, part in rows.items()}
-    data = ClassificationData(str(options.model), **parts, labels=labels, batch_size=BATCH, seed=seed)
+    data = ClassificationData(str(options.model), **parts, labels=labels, batch_size=options.batch, seed=seed)
     module = SequenceClassification(
         str(options.model), labels, learning_rate=options.learning_rate, warmup=WARMUP, head_seed=seed
     )
     cache = FrozenPrefixCache()
     callbacks: dict[str, list[Callback]] = {FULL: [], OURS: [our_callback(steps)], CACHED: [our_callback(steps), cache]}
-    name = options.contestant
     chosen = their_callbacks(steps, module, options.epochs) if name == FTS else callbacks[name]
+    if options.check:
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
     with tempfile.TemporaryDirectory() as root:
         watch = Stopwatch()
         runner = trainer(Path(root), options.epochs, [*chosen, watch])
@@ -185,7 +191,8 @@ def run(options: Any, seed: int) -> Result:
         runner.fit(module, data)
     phases = [Step("all", 0)] if name == FULL else steps
     memory = [dict(row) for row in cache.report().rows] if name == CACHED else []
-    return {"seed": seed, "epochs": watch.epochs, "steps": watch.steps(phases), "cache": memory}
+    result = {"contestant": name, "seed": seed, "epochs": watch.epochs, "steps": watch.steps(phases), "cache": memory}
+    return {**result, "losses": [loss.item() for loss in watch.losses]} if options.check else result
 
 
 def trainer(root: Path, epochs: int, callbacks: list[Callback]) -> Trainer:
@@ -217,7 +224,9 @@ def shapes(model: Path) -> dict[str, Any]:
 
 def our_phases(model: Path) -> dict[str, int]:
     """Ours, for each model."""
-    modules = {name: SequenceClassification(Architecture(config), num_labels=2) for name, config in shapes(model).items()}
+    modules = {
+        name: SequenceClassification(Architecture(config), num_labels=2) for name, config in shapes(model).items()
+    }
     return {name: len(GradualUnfreezing().stages(module)) for name, module in modules.items()}
 
 
@@ -351,48 +360,92 @@ def tables_of(results: dict[str, Results], steps: Sequence[Step]) -> dict[str, l
 # ---- the parent
 
 
-def child(options: Any, python: Path | str, contestant: str, task: str, seeds: Sequence[int]) -> list[Any]:
-    """The results of a contestant, run in a process of its own, or read if it has been run before."""
+def child(options: Any, python: Path | str, names: Sequence[str], task: str, seeds: Sequence[int], *extra: str) -> Any:
+    """The results of contestants, run in a process of its own, or read if it has been run before."""
     given = {"epochs": options.epochs, "rows": options.rows, "dev-rows": options.dev_rows, "phases": options.phases}
-    given |= {"learning-rate": options.learning_rate, "data": options.data, "contestant": contestant}
-    command = [f"--{key}={value}" for key, value in given.items()]
-    command += [f"--contestant-task={task}", "--seeds", *map(str, seeds), *(["--quick"] if options.quick else [])]
+    given |= {
+        "learning-rate": options.learning_rate,
+        "data": options.data,
+        "contestant-task": task,
+        "batch": options.batch,
+    }
+    command = [*(f"--{key}={value}" for key, value in given.items()), *extra, *(["--quick"] if options.quick else [])]
+    command += ["--seeds", *map(str, seeds), "--contestants", *names]
     key = hashlib.sha256(" ".join([*command, str(torch.get_num_threads())]).encode()).hexdigest()[:16]
     kept = None if options.runs is None else options.runs / f"{key}.json"
     if kept is not None and kept.is_file():
-        return list(json.loads(kept.read_text(encoding="utf-8")))
+        return json.loads(kept.read_text(encoding="utf-8"))
+    began = time.perf_counter()
     told = answers(begin(python, __file__, *command, f"--model={options.model}"))
     if kept is not None:
         with atomic_file(kept) as path:
             path.write_text(json.dumps(told), encoding="utf-8")
+    for result in told:
+        last = result["epochs"][-1]
+        line = f"{task}, seed {result['seed']}, {result['contestant']}{' (check)' if extra else ''}"
+        print(f"{line}: fit {last['wall']:.1f} s, dev accuracy {last['accuracy']:.3f}", flush=True)
+    print(f"  process {time.perf_counter() - began:.0f} s", flush=True)
     return told
 
 
-def measure(options: Any, python: dict[str, Path | str]) -> dict[str, Results]:
+def measure(options: Any, python: Mapping[str, Path | str]) -> dict[str, Results]:
     """Everyone's runs. A round is two seeds; what it gave is written at once."""
     results: dict[str, Results] = {}
-    rounds = 1 if options.quick else options.rounds
-    for number in range(rounds):
-        first, second = 2 * number, 2 * number + 1
+    for number in range(options.rounds):
+        seeds = [2 * number, 2 * number + 1]
         for task in options.tasks:
-            # In a trial one process runs both seeds: its start takes longer than they do.
-            for seeds in [[first, second]] if options.quick else [[first], [second]]:
-                for name in python:
-                    began = time.perf_counter()
-                    told = child(options, python[name], name, task, seeds)
-                    results.setdefault(task, {}).setdefault(name, []).extend(told)
-                    line = f"{task}, seed {seeds}, {name}: {time.perf_counter() - began:.0f} s"
-                    print(f"{line}, last dev accuracy {told[-1]['epochs'][-1]['accuracy']:.3f}", flush=True)
-        steps = read_phases(options.phases, options.epochs)
-        partial = {"setting": setting(options, number + 1), "machine": machine(), "seconds": results}
-        save("depth", options.results, tables=tables_of(results, steps), **partial)
+            runs = results.setdefault(task, {name: [] for name in python})
+            for names, some in shares(options, python, seeds):
+                for result in child(options, python[names[0]], names, task, some):
+                    runs[result["contestant"]].append(result)
+        tables = tables_of(results, read_phases(options.phases, options.epochs))
+        partial = {"setting": setting(options, number + 1), "machine": machine(), "tables": tables}
+        save("depth", options.results, **partial, seconds=results)
     return results
+
+
+def shares(
+    options: Any, python: Mapping[str, Path | str], seeds: Sequence[int]
+) -> list[tuple[Sequence[str], Sequence[int]]]:
+    """Which contestants and seeds share a process: none; in a trial all of an interpreter, whose start takes longer."""
+    if not options.quick:
+        return [([name], [seed]) for seed in seeds for name in python]
+    return [(names, seeds) for names in together(python)]
+
+
+def together(python: Mapping[str, Path | str]) -> list[list[str]]:
+    """The contestants of each interpreter."""
+    return [[name for name in python if python[name] == which] for which in dict.fromkeys(python.values())]
+
+
+def compare_losses(options: Any, python: Mapping[str, Path | str]) -> list[Row]:
+    """Without dropout, everyone with these phases must take the same steps."""
+    asked = {name: which for name, which in python.items() if name != FULL}
+    small = argparse.Namespace(**{**vars(options), "rows": min(options.rows, 128), "dev_rows": 16})
+    rows = []
+    for task in options.tasks:
+        told = [child(small, python[names[0]], names, task, [0], "--check") for names in together(asked)]
+        losses = {result["contestant"]: result["losses"] for part in told for result in part}
+        for name in set(losses) - {OURS}:
+            worst = max(abs(a - b) for a, b in zip(losses[OURS], losses[name], strict=True))
+            rows.append(
+                {
+                    "data": task,
+                    "pair": f"{OURS}, {name}",
+                    "steps": len(losses[name]),
+                    "first loss": losses[OURS][0],
+                    "last loss": losses[OURS][-1],
+                    "worst difference": worst,
+                    "tolerance": TOLERANCE,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["data"], row["pair"]))
 
 
 def setting(options: Any, rounds: int) -> str:
     """The line below the tables."""
     return (
-        f"all-MiniLM-L6-v2, the first {options.rows} training and {options.dev_rows} dev rows, batch {BATCH}, "
+        f"all-MiniLM-L6-v2, the first {options.rows} training and {options.dev_rows} dev rows, batch {options.batch}, "
         f"{options.epochs} epochs, AdamW at {options.learning_rate:g}, warm-up {WARMUP:g}, linear decay, clipping 1.0, "
         f"{2 * rounds} seeds; phases (what@epoch): {options.phases}. Target accuracy: the highest that every "
         "contestant's mean over seeds reaches; the time is that at the end of the epoch in which its mean first does. "
@@ -406,22 +459,26 @@ def main() -> None:
     rival_option(parser)
     parser.add_argument("--data", type=Path, default=DATA, help="folder that holds sst2/ and trec6/")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rows", type=int, default=1024, help="training rows")
     parser.add_argument("--dev-rows", type=int, default=500)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--phases", default="head@0,top:2@1,top:4@2,all@3", help="what is released at which epoch")
     parser.add_argument("--runs", type=Path, help="folder of finished runs: those that it holds are not run again")
-    for hidden in ("--contestant", "--contestant-task"):
-        parser.add_argument(hidden, help=SUPPRESS)
-    parser.add_argument("--model", type=Path, help=SUPPRESS)
-    parser.add_argument("--seeds", type=int, nargs="+", help=SUPPRESS)
+    hidden = argparse.SUPPRESS
+    parser.add_argument("--contestants", nargs="+", help=hidden)
+    parser.add_argument("--contestant-task", help=hidden)
+    parser.add_argument("--model", type=Path, help=hidden)
+    parser.add_argument("--seeds", type=int, nargs="+", help=hidden)
+    parser.add_argument("--check", action="store_true", help=hidden)
     options = start(parser)
-    if options.quick:
-        options.rows, options.dev_rows, options.epochs = 96, 32, 2
-    if options.contestant:
+    if options.contestants:
         contest(options)
         return
+    if options.quick:
+        # Fewer steps would have no warm-up, and the rival calls the schedule's function for step -1.
+        options.batch, options.rows, options.dev_rows, options.epochs, options.rounds = 8, 24, 16, 2, 1
     for task in options.tasks:
         if not (file := options.data / task / "train.jsonl").is_file():
             sys.exit(f"{file} does not exist: pass --data FOLDER")
@@ -429,30 +486,38 @@ def main() -> None:
     python: dict[str, Path | str] = {name: options.rival if name == FTS else sys.executable for name in CONTESTANTS}
     if version is None:
         del python[FTS]
-    steps = read_phases(options.phases, options.epochs)
     with tempfile.TemporaryDirectory() as root:
         options.model = Path(root) / "model"
         prepare_model(options.model)
+        losses = compare_losses(options, python)
         results = measure(options, python)
-        question = ("--contestant=phases", f"--model={options.model}")
+        question = ("--contestants", "phases", f"--model={options.model}")
         (theirs,) = answers(begin(options.rival, __file__, *question)) if version else ({},)
-        phases = phases_table(our_phases(options.model), theirs, steps)
+        ours = our_phases(options.model)
+    steps = read_phases(options.phases, options.epochs)
     publish(
         "depth",
         options.results,
-        setting=f"{setting(options, 1 if options.quick else options.rounds)} {FTS} {version or 'was left out'}.",
-        tables={**tables_of(results, steps), "Phases by default": phases},
+        setting=f"{setting(options, options.rounds)} {FTS} {version or 'was left out'}.",
+        tables={
+            "Losses without dropout, step by step": losses,
+            **tables_of(results, steps),
+            "Phases by default": phases_table(ours, theirs, steps),
+        },
         seconds=results,
     )
+    if any(row["worst difference"] > TOLERANCE for row in losses):
+        sys.exit("the contestants do not train alike: see the first table")
 
 
 def contest(options: Any) -> None:
     """In a contestant's process."""
-    if options.contestant == "phases":
+    if options.contestants == ["phases"]:
         tell(their_phases(options.model))
         return
-    for seed in options.seeds:
-        tell(run(options, seed))
+    for name in options.contestants:
+        for seed in options.seeds:
+            tell(run(options, name, seed))
 
 
 if __name__ == "__main__":
