@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: .venv demo test test-kill test-slow test-gpu test-lowest lint bench clean
+.PHONY: .venv demo test test-kill test-slow test-gpu test-lowest lint rivals bench clean
 
 .venv: $(VENV)/installed
 
@@ -43,12 +43,25 @@ lint: .venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv
+# What the benchmarks compare with, in an environment of its own that sees the packages of .venv: the same torch,
+# lightning and transformers.
+rivals: .venv-rivals/installed
+
+.venv-rivals/installed: $(VENV)/installed
+	test -x .venv-rivals/bin/python || $(BIN)/python -m venv .venv-rivals
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$(.venv-rivals/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check --no-deps finetuning-scheduler==2.14.1
+	touch $@
+
+bench: .venv rivals
 	$(BIN)/python benchmarks/vs_hf_trainer.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/heads_vs_hf.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/frozen_prefix.py
+	$(BIN)/python benchmarks/depth.py
+	$(BIN)/python benchmarks/ddp_drift.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-rivals build dist *.egg-info

@@ -154,12 +154,17 @@ def _cell(value: Any) -> str:
 def publish(name: str, results: Path, *, setting: str, tables: Mapping[str, Sequence[Row]], **details: Any) -> None:
     """Write ``NAME.json`` whole or not at all, and print the tables as Markdown."""
     where = machine()
-    content = {"benchmark": name, "setting": setting, "machine": where, "tables": tables, **details}
-    with atomic_file(results / f"{name}.json") as path:
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save(name, results, setting=setting, machine=where, tables=tables, **details)
     for title, rows in tables.items():
         print(f"\n**{title}**\n\n{markdown(rows)}")
     print(f"\n{setting}\n{'; '.join(f'{key} {value}' for key, value in where.items())}.")
+
+
+def save(name: str, results: Path, **content: Any) -> None:
+    """Write ``NAME.json`` whole or not at all."""
+    with atomic_file(results / f"{name}.json") as path:
+        text = json.dumps({"benchmark": name, **content}, indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

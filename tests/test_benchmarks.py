@@ -84,6 +84,46 @@ def test_frozen_prefix(real_data: Path, tmp_path: Path) -> None:
         assert row["hits"] == row["seen"] == 192
 
 
+def test_depth(real_data: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "python"
+    results = tmp_path / "results"
+    done = _run(
+        "depth.py", "--data", str(real_data), "--tasks", "sst2", "--rival", str(absent), "--results", str(results)
+    )
+    titles = {
+        "Dev accuracy",
+        "After each epoch",
+        "Seconds to the same dev accuracy",
+        "Seconds to it, ratios",
+        "Step time by phase",
+        "Step time by phase, ratios",
+        "Last dev accuracy with the cache",
+        "Memory of the cache",
+    }
+    check, phases = "Losses without dropout, step by step", "Phases by default"
+    content = _check(done, results / "depth.json", {check, phases, *(f"{title}, sst2" for title in titles)})
+    assert f"finetuning-scheduler is left out: {absent} does not have it. Run `make rivals`" in done.stdout
+    tables = content["tables"]
+    ours = "GradualUnfreezing"
+    assert set(content["seconds"]["sst2"]) == {"full fine-tuning", ours, f"{ours} + FrozenPrefixCache"}
+    assert [row["worst difference"] <= 1e-4 for row in tables[check]] == [True]
+    assert [row[ours] for row in tables[phases]] == [8, 14, 2]
+    assert [row["hits"] == row["seen"] == 48 for row in tables["Memory of the cache, sst2"]] == [True]
+
+
+def test_ddp_drift(tmp_path: Path) -> None:
+    done = _run("ddp_drift.py", "--rival", str(tmp_path / "python"), "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "finetuning-scheduler is left out" in done.stdout
+    content = json.loads((tmp_path / "ddp_drift.json").read_text(encoding="utf-8"))
+    rows = {(row["callback"], row["find_unused_parameters"]): row for row in content["tables"]["Replicas under DDP"]}
+    assert {name for name, _ in rows} == {"none: all train", "BackboneFinetuning", "GradualUnfreezing"}
+    for unused in (False, True):
+        assert rows["GradualUnfreezing", unused]["largest difference at the end"] == 0
+        assert rows["none: all train", unused]["largest difference at the end"] == 0
+        assert rows["BackboneFinetuning", unused]["ranks differ from step"] == 7
+
+
 @pytest.mark.parametrize("head", ["tagging", "multiple choice"])
 def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     done = _run("heads_vs_hf.py", "--heads", head, "--results", str(tmp_path))
