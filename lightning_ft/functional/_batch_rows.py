@@ -37,7 +37,7 @@ def first_size(batch: Any) -> int | None:
 
 
 def take_rows(batch: Any, rows: slice, of: int) -> Any:
-    """Some rows of a batch of ``of`` rows: of each tensor, and each list of values, of that length. The rest is kept."""
+    """Some rows of a batch of ``of`` rows: of each tensor and list of values of that length. The rest is kept."""
     if isinstance(batch, Mapping):
         taken = copy.copy(batch)
         for name, value in batch.items():

@@ -148,9 +148,8 @@ class FisherEstimate:
         vectorise: bool | None = None,
     ) -> None:
         self._parameters = _chosen(module, parameters)
-        zeros = {
-            name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in self._parameters.items()
-        }
+        with torch.inference_mode(False):  # they are added to outside of it
+            zeros = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self._parameters.items()}
         # Checks the variant, too.
         self._sums = Fisher(zeros, 0, variant)
         if limit is not None and limit < 1:
@@ -207,7 +206,8 @@ class FisherEstimate:
 
     def result(self) -> Fisher:
         """F over all examples so far; of zeros where there were none."""
-        tensors = {name: total / max(1, self.examples) for name, total in self._sums.tensors.items()}
+        with torch.inference_mode(False):
+            tensors = {name: total / max(1, self.examples) for name, total in self._sums.tensors.items()}
         weights = Anchor({name: p.detach() for name, p in self._parameters.items()}).fingerprint()
         return Fisher(tensors, self.examples, self.variant, weights)
 

@@ -46,7 +46,8 @@ class TransformerModule(LightningModule):
     :meth:`load_from_checkpoint` needs neither the pretrained weights nor the training data.
 
     A head overrides :meth:`loss`, :meth:`likelihood`, :meth:`update_metrics` and :meth:`predictions`, and
-    :meth:`forward` where the model gives something other than logits. Its constructor names its arguments one by one and passes ``dict(locals())`` on.
+    :meth:`forward` where the model gives something other than logits. Its constructor names its arguments one by one
+    and passes ``dict(locals())`` on.
 
     Args:
         model_class: The Auto class of the head.
