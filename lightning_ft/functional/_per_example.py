@@ -56,14 +56,20 @@ class LayerUses:
         self.owned = {id(p) for layer in self.layers for p in layer._parameters.values() if p is not None}
         self.uses: list[Use] = []
         self.problem: str | None = None
+        self._expanded = False
 
     @contextmanager
     def noted(self, examples: int) -> Iterator[None]:
         """Note the calls that are made inside, which are for a batch of so many examples."""
         self.uses, self.problem = [], None
+        self._expanded = False
         handles = [layer.register_forward_hook(self._hook(examples), with_kwargs=True) for layer in self.layers]
         try:
             yield
+        except RuntimeError as error:
+            if not self._expanded:
+                raise
+            raise UnfitError(f"the module does not take a row of positions for each example: {error}") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -78,9 +84,11 @@ class LayerUses:
                 return None
             taken, result = given[0].detach(), None
             if isinstance(layer, nn.Embedding) and len(output) == 1 < examples:
-                # Positions, one row for all examples, which would be added up over them: a row for each instead.
-                taken, output = (t.expand(examples, *t.shape[1:]) for t in (taken, output))
-                result = output
+                # Positions, one row for all examples, which would be added up over them: a row for each instead, of
+                # which there are as many as the words before had (several for an example of multiple choice).
+                rows = len(self.uses[-1].input) if self.uses else examples
+                taken, output = (t.expand(rows, *t.shape[1:]) for t in (taken, output))
+                result, self._expanded = output, True
             # The edge and not the tensor, which an activation in place may change to another one.
             self.uses.append(Use(layer, taken, given[0]._version, get_gradient_edge(output)))
             self._check(layer, taken, output, examples)

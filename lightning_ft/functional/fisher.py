@@ -121,6 +121,10 @@ def fisher_diagonal(
     return estimate.result()
 
 
+class _UnprovenError(Exception):
+    """Layers were called of which it was not shown yet that they can be taken whole."""
+
+
 class FisherEstimate:
     """:func:`fisher_diagonal`, batch by batch, for whoever does not hold all batches: see there.
 
@@ -176,6 +180,8 @@ class FisherEstimate:
         self._loss = loss
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         self._uses = LayerUses(module, self._parameters)
+        self._called: set[int] = set()
+        self._proven: set[int] = set()
         if self._strict and likelihood is None:
             raise ValueError(
                 "vectorise=True needs a likelihood: of a batch's loss it is not known what it is a mean of"
@@ -225,10 +231,14 @@ class FisherEstimate:
     def _add(self, batch: Any, rows: int) -> None:
         if rows > 1 and self.vectorised is None:
             self._prove(batch, rows)
-        if self.vectorised and rows > 1:
+        for _ in range(2):
+            if not self.vectorised or rows == 1:
+                break
             try:
                 self._add_whole(batch, rows, self._sums.tensors, self._generator)
                 return
+            except _UnprovenError:  # a layer that earlier batches did not call: the head of another task
+                self._prove(batch, rows)
             except UnfitError as error:
                 self._give_up(str(error))
         self._add_singly(batch, rows, self._sums.tensors, self._generator)
@@ -260,6 +270,7 @@ class FisherEstimate:
                 self._give_up(f"{name} belongs to no layer of its own")
                 return
         self.vectorised = True
+        self._proven |= self._called
 
     def _add_whole(
         self,
@@ -275,12 +286,20 @@ class FisherEstimate:
         if self._uses.problem is not None:
             raise UnfitError(self._uses.problem)
         uses, self._uses.uses = self._uses.uses, []
+        self._called = {id(use.layer) for use in uses}
+        if not (proof or self._called <= self._proven):
+            raise _UnprovenError
         names = {id(p): name for name, p in self._parameters.items()}
         scores = self._scores(terms, generator, proof)
         for score, last in _with_last(scores):
             found = gradients(uses, terms.outputs, score, keep=not last)
-            with torch.no_grad():
-                add_squares_(sums, names, uses, found, rows)
+            try:
+                with torch.no_grad():
+                    add_squares_(sums, names, uses, found, rows)
+            except UnfitError as error:
+                if proof:
+                    raise
+                raise ValueError(f"{error}: give vectorise=False, and batches of one are taken") from error
 
     def _add_singly(
         self,
