@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
 from lightning_ft.functional.learning_rates import decay_groups, slanted_triangular, warmup_then
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.modules.checkpoint import (
     KEY,
     Architecture,
@@ -44,8 +45,9 @@ class TransformerModule(LightningModule):
     the rate rises linearly from 0, then falls. Checkpoints carry configuration, tokenizer and arguments, so that
     :meth:`load_from_checkpoint` needs neither the pretrained weights nor the training data.
 
-    A head overrides :meth:`loss`, :meth:`update_metrics` and :meth:`predictions`, and :meth:`forward` where the model
-    gives something other than logits. Its constructor names its arguments one by one and passes ``dict(locals())`` on.
+    A head overrides :meth:`loss`, :meth:`likelihood`, :meth:`update_metrics` and :meth:`predictions`, and
+    :meth:`forward` where the model gives something other than logits. Its constructor names its arguments one by one
+    and passes ``dict(locals())`` on.
 
     Args:
         model_class: The Auto class of the head.
@@ -146,6 +148,19 @@ class TransformerModule(LightningModule):
             batch: The batch.
         """
         raise NotImplementedError
+
+    def likelihood(self, outputs: Any, batch: Batch) -> Likelihood:
+        """What the outputs say of the labels, each row of the batch's inputs being an example.
+
+        Args:
+            outputs: What :meth:`forward` returned.
+            batch: The batch.
+        """
+        raise NotImplementedError
+
+    def log_likelihood_terms(self, batch: Batch) -> Likelihood:
+        """:meth:`likelihood` of a batch, which :func:`~lightning_ft.functional.fisher_diagonal` asks for."""
+        return self.likelihood(self(batch), batch)
 
     def update_metrics(self, metrics: MetricCollection, outputs: Any, batch: Batch) -> None:
         """Add a batch to the metrics of validation or test."""

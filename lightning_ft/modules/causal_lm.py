@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.aggregation import MeanMetric
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
 from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.perplexity import LossPerplexity
@@ -115,6 +116,11 @@ class CausalLM(TransformerModule):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over the labelled tokens, in fp32, and their number."""
         return token_cross_entropy(*_labelled(outputs, batch))
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """A token after each token of a row that is labelled, given the true ones before it."""
+        return Likelihood.of_tokens(outputs[:, :-1], batch["labels"][:, 1:])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -19,6 +19,7 @@ from lightning_ft.core.pattern import parse_patterns
 from lightning_ft.core.report import Report
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from lightning_ft.functional.calibration import calibration_bias
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.functional.verbaliser import label_scores, logits_at
 from lightning_ft.metrics.matthews import MatthewsCorrCoef
@@ -148,6 +149,11 @@ class Cloze(TransformerModule):
         if self.auxiliary_mlm:
             loss = (1 - self.auxiliary_mlm) * loss + self.auxiliary_mlm * self._mlm_loss(batch)
         return loss, len(outputs)
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """One label a window, by its words' scores; without ``auxiliary_mlm``."""
+        return Likelihood(outputs.float(), batch.get("labels"))
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.perplexity import LossPerplexity
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
@@ -84,6 +85,11 @@ class MaskedLM(TransformerModule):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss over the masked tokens of a batch, in fp32, and their number."""
         return token_cross_entropy(*_masked(outputs, batch))
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """A token for each mask of a row."""
+        return Likelihood.of_tokens(outputs, batch["labels"])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule, reset
 from lightning_ft.modules.checkpoint import KEY, Architecture, pack, read_checkpoint, unpack
 
@@ -108,6 +109,11 @@ class MultiTask(TransformerModule):
     def forward(self, batch: Batch) -> Any:
         """What the head of the batch's task computes."""
         return self._head(batch)(batch)
+
+    @override
+    def likelihood(self, outputs: Any, batch: Batch) -> Likelihood:
+        """What the head of the batch's task says, whatever the weight of its loss."""
+        return self._head(batch).likelihood(outputs, batch)
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Any, batch: Batch) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
 
@@ -65,6 +66,11 @@ class MultipleChoice(TransformerModule):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:
         """The mean loss over a batch, in fp32, and its rows."""
         return F.cross_entropy(outputs.float(), batch["labels"]), len(outputs)
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """The right choice of each row."""
+        return Likelihood(outputs.float(), batch.get("labels"))
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -13,6 +13,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lightning_ft.functional.answer_spans import AnswerSpans, best_spans, lowest_of_rows
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.metrics.squad import Squad
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
@@ -114,6 +115,16 @@ class QuestionAnswering(TransformerModule):
         targets = batch["start_positions"], batch["end_positions"]
         start, end = (_position_loss(logits, at) for logits, at in zip(outputs, targets, strict=True))
         return (start + end) / 2, len(targets[0])
+
+    @override
+    def likelihood(self, outputs: Logits, batch: Batch) -> Likelihood:
+        """Start and end of a window's answer, independent of one another; of one past the window, neither."""
+        width, rows = outputs[0].shape[1], torch.arange(len(outputs[0]), device=outputs[0].device)
+        labels = None
+        if "start_positions" in batch:
+            labels = torch.cat([batch["start_positions"], batch["end_positions"]])
+            labels = labels.masked_fill(labels >= width, -100)
+        return Likelihood(torch.cat(outputs).float(), labels, example=rows.repeat(2), examples=len(rows))
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Logits, batch: Batch) -> None:

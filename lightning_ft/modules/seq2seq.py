@@ -20,6 +20,7 @@ from lightning_ft.functional.label_scoring import (
     label_token_ids,
     target_log_likelihoods,
 )
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.text import TextMetric, text_metrics
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
@@ -170,6 +171,11 @@ class Seq2Seq(TransformerModule):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over the target's tokens, in fp32, and their number."""
         return token_cross_entropy(outputs, batch["labels"], label_smoothing=self.label_smoothing)
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """Each token of a row's target, given the true ones before it."""
+        return Likelihood.of_tokens(outputs, batch["labels"])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -24,6 +24,7 @@ from torchmetrics.classification import (
 from torchmetrics.regression import MeanSquaredError, SpearmanCorrCoef
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Family, Likelihood
 from lightning_ft.metrics.degenerate import MacroAUROC, MacroMultilabelAUROC, Pearson
 from lightning_ft.metrics.matthews import MatthewsCorrCoef
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
@@ -34,6 +35,11 @@ _PROBLEM_TYPES = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
+}
+_FAMILIES: dict[Problem, Family] = {
+    "single_label": "categorical",
+    "multi_label": "bernoulli",
+    "regression": "gaussian",
 }
 
 
@@ -132,6 +138,14 @@ class SequenceClassification(TransformerModule):
         if self.problem == "multi_label":
             return F.binary_cross_entropy_with_logits(logits, labels.float(), pos_weight=weights), len(labels)
         return F.cross_entropy(logits, labels, weight=weights, label_smoothing=self.label_smoothing), len(labels)
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """One label a row, yes or no for each label, or a number with an error of variance 1."""
+        labels = batch.get("labels")
+        if labels is not None and self.problem == "regression":
+            labels = labels.view(-1, 1)
+        return Likelihood(outputs.float(), labels, _FAMILIES[self.problem])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.token_loss import token_cross_entropy
 from lightning_ft.metrics.entity_f1 import EntityF1, Scheme, entity_spans, tag_table
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
@@ -95,6 +96,11 @@ class TokenClassification(TransformerModule):
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The mean loss over a batch's labelled tokens, in fp32, and their number."""
         return token_cross_entropy(outputs, batch["labels"])
+
+    @override
+    def likelihood(self, outputs: Tensor, batch: Batch) -> Likelihood:
+        """A tag for each labelled token of a window."""
+        return Likelihood.of_tokens(outputs, batch["labels"])
 
     @override
     def update_metrics(self, metrics: MetricCollection, outputs: Tensor, batch: Batch) -> None:
