@@ -1,6 +1,7 @@
 """Callbacks for any Lightning project; none of them needs a module of ours."""
 
 from lightning_ft.callbacks.discriminative_lr import DiscriminativeLR
+from lightning_ft.callbacks.ewc import EWC
 from lightning_ft.callbacks.exact_resume import ExactResume
 from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.frozen_prefix_cache import FrozenPrefixCache
@@ -14,6 +15,7 @@ from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
 __all__ = [
+    "EWC",
     "L2SP",
     "LPFT",
     "DiscriminativeLR",

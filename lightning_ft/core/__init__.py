@@ -2,6 +2,7 @@
 
 from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.files import atomic_file, atomic_folder
+from lightning_ft.core.fisher import Fisher
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.fresh import fresh_parameters, mark_fresh
 from lightning_ft.core.layer_groups import LayerGroups
@@ -16,6 +17,7 @@ from lightning_ft.core.timeline import Timeline, step_cost
 __all__ = [
     "Anchor",
     "Duration",
+    "Fisher",
     "FreezePlan",
     "LayerGroups",
     "Layers",

@@ -101,6 +101,12 @@ class Anchor:
                 dtype = parameter.dtype if self.storage == "device" else reference.dtype
                 self.tensors[name] = reference.to(device=parameter.device, dtype=dtype)
 
+    def squares_of_whole(self) -> dict[str, float]:
+        """The sum of squares of each value at its full precision, over all processes: call it on all of them."""
+        return {
+            name: squares_over_processes([self.squares[name]], like=[tensor]) for name, tensor in self.tensors.items()
+        }
+
     def fingerprint(self) -> dict[str, float]:
         """Number of tensors, number of values and their sum of squares: plain numbers, safe in any checkpoint.
 

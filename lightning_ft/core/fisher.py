@@ -26,8 +26,7 @@ class Fisher:
         tensors: F by parameter name (without the names of wrappers), fp32, in the parameters' shapes.
         examples: n, over how many examples it is the mean; those of all tasks after :meth:`merge`.
         variant: Whose y: ``"exact"`` or ``"sampled"`` the model's own, ``"empirical"`` the data's.
-        weights: Fingerprint of these parameters' values when F was computed, as of
-            :meth:`~lightning_ft.core.Anchor.fingerprint`.
+        weights: Sum of squares of each parameter when F was computed, by name: a fingerprint.
         gammas: What earlier tasks' F was multiplied by at each :meth:`merge`, the first one first.
 
     Raises:
@@ -54,6 +53,24 @@ class Fisher:
     def trace(self) -> float:
         """Σᵢ Fᵢ: its size, which differs between variants, and with it the strength that suits them."""
         return math.fsum(float(tensor.sum(dtype=torch.float64)) for tensor in self.tensors.values())
+
+    def check_weights(self, found: Mapping[str, float]) -> None:
+        """Compare the weights at which F was computed with those that it is to hold in place.
+
+        Args:
+            found: Sum of squares of some of the parameters, by name.
+
+        Raises:
+            ValueError: They are others.
+        """
+        known = self.weights or {}
+        other = [n for n, square in found.items() if n in known and not math.isclose(square, known[n], rel_tol=1e-5)]
+        if other:
+            raise ValueError(
+                f"the Fisher information was computed at other weights than the fit starts from: {other[0]} and "
+                f"{len(other) - 1} more of {len(found)} differ. It says what matters near the solution of the old "
+                "task: start from that solution, or compute it anew for these weights"
+            )
 
     def merge(self, new: Fisher, gamma: float = 1.0) -> Fisher:
         """γ F + F_new: what to protect after one more task (online EWC).

@@ -214,7 +214,8 @@ class FisherEstimate:
         """F over all examples so far; of zeros where there were none."""
         with torch.inference_mode(False):
             tensors = {name: total / max(1, self.examples) for name, total in self._sums.tensors.items()}
-        weights = Anchor({name: p.detach() for name, p in self._parameters.items()}).fingerprint()
+        squares = Anchor({name: p.detach() for name, p in self._parameters.items()}).squares
+        weights = {name: float(square) for name, square in squares.items()}
         return Fisher(tensors, self.examples, self.variant, weights)
 
     # ---- one batch
