@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 from argparse import SUPPRESS
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -167,16 +168,18 @@ def both_ranks(python: Path | str, names: list[str], epochs: int) -> list[Row]:
         port = str(free.getsockname()[1])
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
     command = ["--quick", f"--epochs={epochs}", "--contestants", *names]
-    ranks = [
-        begin(python, __file__, *command, env={**os.environ, **rendezvous, "LOCAL_RANK": str(rank), "RANK": str(rank)})
-        for rank in range(RANKS)
-    ]
-    try:
-        return answers(ranks[0])
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
+    numbers = [{"LOCAL_RANK": str(rank), "RANK": str(rank)} for rank in range(RANKS)]
+    ranks = [begin(python, __file__, *command, env={**os.environ, **rendezvous, **number}) for number in numbers]
+    with ThreadPoolExecutor(RANKS) as pool:
+        told = [pool.submit(answers, rank) for rank in ranks]
+        try:
+            # Whichever fails first says why; the other one may wait for it for ever.
+            for done in as_completed(told):
+                done.result()
+            return told[0].result()
+        finally:
+            for rank in ranks:
+                rank.kill()
 
 
 def main() -> None:
