@@ -23,8 +23,8 @@ class AnnealedRecall:
 
     A pre-hook divides the optimiser's groups by the age t of their parameters for the duration of the step, and gives
     each part the rate ηλ/(1 − r) and the decoupled weight decay δ/λ. The post-hook moves the result by r towards θ⁰:
-    (1 − r)(θ − ηλ/(1−r)u − ηδ/(1−r)θ) + rθ⁰, which is the above. Register it in ``on_train_start``, after other
-    hooks that divide groups: it then takes its division back before they do.
+    (1 − r)(θ − ηλ/(1−r)u − ηδ/(1−r)θ) + rθ⁰, which is the above. Make it when all other hooks that divide groups or
+    multiply rates are there: it then knows the final rates, and takes its division back before they do theirs.
 
     t counts the steps of each parameter, from 1: one without a gradient ages not, and one whose optimiser state was
     cleared begins anew. Fused optimisers under an fp16 scaler skip a step on the device: whether they did is read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os.path
+from itertools import takewhile
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -129,7 +129,8 @@ class Mixout(Callback):
         body, _ = pretrained_and_new(self, module, self.layers)
         wanted = {id(parameter) for _, parameter in body}
         paths = [name.split(".")[:-1] for name, p in module.named_parameters() if id(p) in wanted]
-        backbone = module.get_submodule(".".join(os.path.commonprefix(paths)))
+        common = takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+        backbone = module.get_submodule(".".join(level[0] for level in common))
         for child in backbone.modules():
             # nn.MultiheadAttention keeps its rate as a number.
             attribute = "dropout" if isinstance(child, nn.MultiheadAttention) else "p"
@@ -157,7 +158,9 @@ class Mixout(Callback):
 
     def _check_modes(self, module: LightningModule) -> None:
         assert self._mixing is not None
-        asleep = [name for name, reader in module.named_modules() if not reader.training and self._mixing.trains(reader)]
+        asleep = [
+            name for name, reader in module.named_modules() if not reader.training and self._mixing.trains(reader)
+        ]
         if asleep:
             raise RuntimeError(
                 f"Mixout acts in train mode only, and {len(asleep)} layers that train are in eval mode "

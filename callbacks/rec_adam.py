@@ -128,24 +128,29 @@ class RecAdam(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._anchoring.recheck(trainer)
+        self._annealing(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recalls:
+            return
+        # Only now: these hooks must come after all that divide groups or multiply rates, in whatever hook they began.
         annealing = self._annealing(trainer)
         for optimizer in trainer.optimizers:
             if chosen := self._held(optimizer):
                 named = [self._named[i] for i in chosen]
                 references = [self._references[i] for i in chosen]
-                # Not in on_fit_start: these hooks must come after those that divide groups by depth.
-                self._recalls.append(
-                    AnnealedRecall(
-                        "RecAdam",
-                        optimizer,
-                        named,
-                        references,
-                        self.strength,
-                        annealing,
-                        self._ages,
-                        legacy_order=self.legacy_order,
-                    )
+                recall = AnnealedRecall(
+                    "RecAdam",
+                    optimizer,
+                    named,
+                    references,
+                    self.strength,
+                    annealing,
+                    self._ages,
+                    legacy_order=self.legacy_order,
                 )
+                self._recalls.append(recall)
 
     def _held(self, optimizer: Optimizer) -> list[int]:
         """Which of the parameters to recall this optimiser steps."""
@@ -158,7 +163,7 @@ class RecAdam(Callback):
         if not math.isfinite(steps):
             raise ValueError(
                 f"RecAdam: t0={self.t0} is a share of a training whose length in optimiser steps is unknown (manual "
-                'optimisation, or no end): write steps, t0=250, or set Trainer(max_steps=...)'
+                "optimisation, or no end): write steps, t0=250, or set Trainer(max_steps=...)"
             )
         return Annealing(steps, self.k, self.curve)
 
