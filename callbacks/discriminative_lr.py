@@ -155,9 +155,11 @@ class _SplitWhileStepping:
             return
         parts = iter(optimizer.param_groups)
         for group in self._own:
-            # Some optimisers keep running values in the group itself (a step count, an estimated scale).
+            # Some optimisers keep running values in the group itself (a step count, an estimated scale). After a step
+            # that raised, rates and decays may still be another hook's.
             pieces = [next(parts) for _ in {self._factors[id(p)] for p in group["params"]}]
-            group.update({k: v for piece in pieces[:1] for k, v in piece.items() if k not in ("params", "lr")})
+            kept = ("params", "lr", "weight_decay")
+            group.update({k: v for piece in pieces[:1] for k, v in piece.items() if k not in kept})
         optimizer.param_groups = self._own
         self._own = None
 
