@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -37,19 +38,20 @@ from lightning_ft.core import Layers
 from lightning_ft.core.files import atomic_file
 from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
-from lightning_ft.functional import fisher_diagonal
+from lightning_ft.functional.fisher import fisher_diagonal
 from lightning_ft.modules import SequenceClassification
 
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OLD, NEW = "trec6", "banking77"
 VARIANTS = ("exact", "sampled", "empirical")
+WISE = "WiSE-FT"
 COUPLED = (0.1, 1.0, 10.0, 100.0)
 GRID: dict[str, tuple[float, ...]] = {
     "plain": (0.0,),
     "L2-SP": COUPLED,
     **{f"EWC, {variant}": COUPLED for variant in VARIANTS},
     "Mixout": (0.3, 0.6, 0.9),
-    "WiSE-FT": (0.2, 0.4, 0.6, 0.8),
+    WISE: (0.2, 0.4, 0.6, 0.8),
 }
 POINT = 0.01
 
@@ -60,7 +62,7 @@ class Size(NamedTuple):
     rows: int = 2000
     epochs: int = 3
     examples: int = 500
-    evaluated: int = 1000
+    evaluated: int = 500
     seeds: int = 3
 
 
@@ -76,9 +78,7 @@ def data_of(task: str, folder: Path, options: Any, size: Size) -> Classification
         part: rows.select(range(min(len(rows), size.rows if part == "train" else size.evaluated)))
         for part, rows in files.items()
     }
-    return ClassificationData(
-        str(folder), rows["train"], rows["dev"], rows["test"], labels=labels, batch_size=32
-    )
+    return ClassificationData(str(folder), rows["train"], rows["dev"], rows["test"], labels=labels, batch_size=32)
 
 
 def trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
@@ -197,9 +197,8 @@ def measure(options: Any, size: Size, folder: Path) -> tuple[list[Score], Result
         old.append(kept(runs.folder, "old", runs.learn_old))
         for method, strengths in results.items():
             for strength, found in strengths.items():
-                wise = method == "WiSE-FT"
-                run = (lambda s=strength: runs.interpolate(s)) if wise else (
-                    lambda m=method, s=strength: runs.learn_new(m, s)
+                run = (
+                    partial(runs.interpolate, strength) if method == WISE else partial(runs.learn_new, method, strength)
                 )
                 found.append(kept(runs.folder, f"{method.replace(', ', '-')}-{strength:g}", run))
     return old, results
@@ -249,7 +248,9 @@ def frontier(old: list[Score], results: Results) -> list[Row]:
     rows: list[Row] = [{"method": "before the new task", "old, test": mean(score["test"] for score in old)}]
     for method, strengths in results.items():
         for strength, runs in strengths.items():
-            points = {f"{task}, {part}": average(runs, task, part) for task in ("old", "new") for part in ("dev", "test")}
+            points = {
+                f"{task}, {part}": average(runs, task, part) for task in ("old", "new") for part in ("dev", "test")
+            }
             seconds = mean(run["seconds"] for run in runs)
             rows.append({"method": method, "strength": strength, **points, "seconds": seconds})
     return rows
@@ -264,7 +265,9 @@ def draw(old: list[Score], results: Results, path: Path) -> None:
     for method, strengths in results.items():
         points = [[100 * average(runs, task, "test") for task in ("new", "old")] for runs in strengths.values()]
         across, up = zip(*points, strict=True)
-        axes.plot(across, up, "*" if method == "plain" else "o-", label=method, markersize=14 if method == "plain" else 5)
+        axes.plot(
+            across, up, "*" if method == "plain" else "o-", label=method, markersize=14 if method == "plain" else 5
+        )
     axes.axhline(100 * mean(score["test"] for score in old), linestyle=":", color="grey")
     axes.annotate("before the new task", (0.02, 100 * mean(s["test"] for s in old)), xycoords=("axes fraction", "data"))
     axes.set_xlabel(f"new task, {NEW}: test accuracy, %")
@@ -277,7 +280,9 @@ def draw(old: list[Score], results: Results, path: Path) -> None:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {OLD}/ and {NEW}/")
-    parser.add_argument("--runs", type=Path, required=True, help="folder that keeps finished runs; empty it for new code")
+    parser.add_argument(
+        "--runs", type=Path, required=True, help="folder that keeps finished runs; empty it for new code"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--methods", nargs="+", default=list(GRID), choices=list(GRID), help="by default all")
     parser.add_argument("--seeds", type=int, default=3)
@@ -298,9 +303,9 @@ def main() -> None:
     publish(
         "forgetting",
         options.results,
-        setting=f"all-MiniLM-L6-v2, {OLD} then {NEW}: {size.rows} training rows and {size.epochs} epochs each, batch 32, "
-        f"learning rate {options.learning_rate:g}, Fisher information of {size.examples} rows, up to {size.evaluated} "
-        f"dev and test rows each; seeds 0 to {size.seeds - 1}; {hours:.1f} hours of training on the new task.",
+        setting=f"all-MiniLM-L6-v2, {OLD} then {NEW}: {size.rows} training rows and {size.epochs} epochs each, batch "
+        f"32, learning rate {options.learning_rate:g}, Fisher information of {size.examples} rows, up to "
+        f"{size.evaluated} dev and test rows each; seeds 0 to {size.seeds - 1}; {hours:.1f} hours of training on the new task.",
         tables={"Forgetting": summary(old, results), "All strengths": frontier(old, results)},
         seconds={
             method: [run["seconds"] for runs in strengths.values() for run in runs]

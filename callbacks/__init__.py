@@ -11,6 +11,8 @@ from lightning_ft.callbacks.layer_reinit import LayerReinit
 from lightning_ft.callbacks.layer_removal import LayerRemoval
 from lightning_ft.callbacks.layer_timeline import LayerTimeline
 from lightning_ft.callbacks.lp_ft import LPFT
+from lightning_ft.callbacks.mixout import Mixout
+from lightning_ft.callbacks.rec_adam import RecAdam
 from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
@@ -26,6 +28,8 @@ __all__ = [
     "LayerReinit",
     "LayerRemoval",
     "LayerTimeline",
+    "Mixout",
+    "RecAdam",
     "TrainingModeCheck",
     "WritePredictions",
 ]
