@@ -60,6 +60,8 @@ bench: .venv rivals
 	$(BIN)/python benchmarks/heads_vs_hf.py
 	$(BIN)/python benchmarks/packing.py
 	$(BIN)/python benchmarks/frozen_prefix.py
+	$(BIN)/python benchmarks/forgetting.py --runs build/forgetting
+	$(BIN)/python benchmarks/few_sample.py --runs build/few_sample
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/ddp_drift.py
 

@@ -305,7 +305,8 @@ def main() -> None:
         options.results,
         setting=f"all-MiniLM-L6-v2, {OLD} then {NEW}: {size.rows} training rows and {size.epochs} epochs each, batch "
         f"32, learning rate {options.learning_rate:g}, Fisher information of {size.examples} rows, up to "
-        f"{size.evaluated} dev and test rows each; seeds 0 to {size.seeds - 1}; {hours:.1f} hours of training on the new task.",
+        f"{size.evaluated} dev and test rows each; seeds 0 to {size.seeds - 1}; {hours:.1f} hours of training on the "
+        "new task.",
         tables={"Forgetting": summary(old, results), "All strengths": frontier(old, results)},
         seconds={
             method: [run["seconds"] for runs in strengths.values() for run in runs]

@@ -139,6 +139,24 @@ def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     assert len(metric["scores"]["HF Trainer"]) == 1
 
 
+def test_forgetting(real_data: Path, tmp_path: Path) -> None:
+    folders = ("--data", str(real_data), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
+    done = _run("forgetting.py", *folders, "--methods", "L2-SP", "EWC, exact", "WiSE-FT")
+    content = _check(done, tmp_path / "forgetting.json", {"Forgetting", "All strengths"})
+    assert [row["method"] for row in content["tables"]["Forgetting"]] == ["plain", "L2-SP", "EWC, exact", "WiSE-FT"]
+    assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_few_sample(real_data: Path, tmp_path: Path) -> None:
+    folders = ("--data", str(real_data / "sst2"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
+    content = _check(_run("few_sample.py", *folders), tmp_path / "few_sample.json", {"Dev accuracy"})
+    assert {row["seeds"] for row in content["tables"]["Dev accuracy"]} == {2}
+    # Finished runs are read again.
+    again = _run("few_sample.py", *folders)
+    assert again.returncode == 0, again.stderr
+    assert "accuracy': " not in again.stdout
+
+
 def test_absent_data_is_named(tmp_path: Path) -> None:
     done = _run("vs_hf_trainer.py", "--data", str(tmp_path), "--results", str(tmp_path))
     assert done.returncode == 1
