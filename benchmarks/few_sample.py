@@ -116,8 +116,8 @@ def main() -> None:
         "few_sample",
         options.results,
         setting=f"all-MiniLM-L6-v2, the first {options.rows} training rows of SST-2, {options.steps} steps of batch "
-        f"16, learning rate {options.learning_rate:g}, {options.dev_rows} dev rows, seeds 0 to {seeds - 1}; {hours:.1f} "
-        "hours of training.",
+        f"16, learning rate {options.learning_rate:g}, {options.dev_rows} dev rows, seeds 0 to {seeds - 1}; "
+        f"{hours:.1f} hours of training.",
         tables={"Dev accuracy": table(results)},
         seconds={method: [found["seconds"] for found in runs] for method, runs in results.items()},
     )

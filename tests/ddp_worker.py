@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing, _freezing, _trainer
+from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, GradualUnfreezing, _freezing, _trainer
 from lightning_ft.core.phases import Phase
 from lightning_ft.core.plateau import Plateau
+from tests.fisher_file import fisher_file
 from tests.strangers import BATCH, FILTERED, Filtered, dataset, weights
 
 RANKS = 2
@@ -44,6 +46,13 @@ class Scored(Module):
 
     def on_validation_epoch_end(self) -> None:
         self.log("score", self.trainer.fit_loop.total_batch_idx * (-1.0 if self.trainer.global_rank else 1.0))
+
+
+class OldTask(LightningDataModule):
+    """Two batches, of which each process takes one."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.utils.data.Subset(dataset(), range(2 * BATCH)), BATCH)
 
 
 class Trace(Callback):
@@ -81,13 +90,23 @@ SCENARIOS: dict[str, Scenario] = {
     "accumulation": (lambda: [GradualUnfreezing("0.5 epochs")], {"accumulate_grad_batches": 2, "max_epochs": 3}, {}),
     "find-unused": (lambda: [GradualUnfreezing("2 steps")], {}, {"find_unused_parameters": True}),
     "bucket-view": (lambda: [GradualUnfreezing("2 steps")], {}, {"gradient_as_bucket_view": True}),
-    "all-three": (
-        lambda: [DiscriminativeLR(0.5), GradualUnfreezing("2 steps"), L2SP(0.5, head_strength=0.1)],
+    "all-four": (
+        lambda: [
+            DiscriminativeLR(0.5),
+            GradualUnfreezing("2 steps"),
+            L2SP(0.5, head_strength=0.1),
+            EWC(0.5, OldTask(), variant="empirical", examples=8),
+        ],
         {"gradient_clip_val": 1.0},
         {},
     ),
-    "all-three-decoupled": (
-        lambda: [L2SP(0.5, "decoupled", head_strength=0.1), GradualUnfreezing("2 steps"), DiscriminativeLR(0.5)],
+    "all-four-decoupled": (
+        lambda: [
+            L2SP(0.5, "decoupled", head_strength=0.1),
+            EWC(0.5, fisher_file(), mode="decoupled"),
+            GradualUnfreezing("2 steps"),
+            DiscriminativeLR(0.5),
+        ],
         {"accumulate_grad_batches": 2, "max_epochs": 3},
         {"find_unused_parameters": True},
     ),
@@ -114,7 +133,9 @@ def train(scenario: Scenario, **single: Any) -> dict[str, Any]:
     trace = Trace()
     result: dict[str, Any] = {"trace": trace.weights, "trainable": trace.trainable}
     module = Scored() if "limit_val_batches" in options else Module()
-    settings = {"limit_val_batches": 0, "use_distributed_sampler": False, **strategy, **options}
+    folder = tempfile.mkdtemp()
+    settings = {"limit_val_batches": 0, "use_distributed_sampler": False, "default_root_dir": folder, **strategy}
+    settings |= options
     try:
         trainer = FILTERED.fit(*callbacks(), trace, module=module, **settings)
     except (ValueError, RuntimeError) as error:

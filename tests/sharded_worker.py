@@ -20,13 +20,15 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, GradualUnfreezing
+from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, GradualUnfreezing
 from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.penalty import QuadraticPenalty
 from lightning_ft.data.loader import ResumableDataLoader
 from lightning_ft.data.sampler import LengthBucketSampler
 from lightning_ft.functional.learning_rates import decay_groups
+from tests.ddp_worker import OldTask
+from tests.fisher_file import fisher_file
 from tests.ranks import RANKS
 from tests.strangers import BATCH, FILTERED, LENGTH, ROWS, WIDTH, Encoder, dataset, pretrained
 
@@ -208,11 +210,20 @@ SCENARIOS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
 
 PENALISED: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
     "coupled": (
-        lambda: [L2SP(0.5, head_strength=0.1), GradualUnfreezing("2 steps"), DiscriminativeLR(0.5)],
+        lambda: [
+            L2SP(0.5, head_strength=0.1),
+            EWC(0.5, fisher_file()),
+            GradualUnfreezing("2 steps"),
+            DiscriminativeLR(0.5),
+        ],
         {"logger": DummyLogger(), "log_every_n_steps": 1, "gradient_clip_val": 1.0},
     ),
     "decoupled": (
-        lambda: [GradualUnfreezing("2 steps"), L2SP(0.5, "decoupled", head_strength=0.1)],
+        lambda: [
+            GradualUnfreezing("2 steps"),
+            L2SP(0.5, "decoupled", head_strength=0.1, storage="bf16"),
+            EWC(0.5, fisher_file(), mode="decoupled"),
+        ],
         {"logger": DummyLogger(), "log_every_n_steps": 1},
     ),
 }
@@ -320,6 +331,8 @@ def refusals(folder: Path) -> dict[str, str]:
     return {
         "flat": error(lambda: fit(partial(fsdp1, use_orig_params=False), GradualUnfreezing(), strategy=let_be())),
         "l2-sp": error(lambda: fit(fsdp1, L2SP(0.1), strategy=let_be())),
+        "ewc": error(lambda: fit(fsdp2_whole, EWC(0.1, OldTask(), variant="empirical"), strategy=model_parallel())),
+        "disk": error(lambda: fit(fsdp2_whole, L2SP(0.1, storage="disk"), strategy=model_parallel())),
         "decay": error(lambda: FILTERED.fit(module=Pieces(fsdp1), devices=RANKS, strategy=let_be())),
         "anchor": error(lambda: fit(other_weights, *penalised(), **checkpoint)),
     }

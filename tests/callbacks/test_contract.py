@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lightning_ft.callbacks import (
+    EWC,
     L2SP,
     DiscriminativeLR,
     ExactResume,
@@ -24,6 +25,7 @@ from lightning_ft.callbacks import (
     TrainingModeCheck,
 )
 from lightning_ft.core import Phase, Plateau
+from tests.fisher_file import fisher_file
 from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
@@ -41,6 +43,8 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "discriminative-lr": partial(DiscriminativeLR, 0.5),
     "l2-sp-coupled": partial(L2SP, 0.5, head_strength=0.1),
     "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
+    "ewc-coupled": lambda: EWC(0.5, fisher_file()),
+    "ewc-decoupled": lambda: EWC(0.5, fisher_file(), mode="decoupled"),
     "exact-resume": partial(ExactResume, "2 steps"),
     "training-mode-check": TrainingModeCheck,
 }
@@ -53,6 +57,8 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "discriminative-lr": partial(DiscriminativeLR, 1.0),
     "l2-sp-coupled": partial(L2SP, 0.0),
     "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
+    "ewc-coupled": lambda: EWC(0.0, fisher_file()),
+    "ewc-decoupled": lambda: EWC(0.0, fisher_file(), mode="decoupled"),
     "training-mode-check": TrainingModeCheck,
 }
 

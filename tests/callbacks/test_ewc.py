@@ -194,9 +194,9 @@ def test_layers_drawn_anew_are_free(files: Any) -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             seen.extend(self._anchoring.take().tensors)
 
+    module = FILTERED.module()
+    module.encoder.layers[2].linear1.weight.data.add_(1)
     with pytest.raises(ValueError, match="computed at other weights"):  # nothing was drawn anew: a changed block
-        module = FILTERED.module()
-        module.encoder.layers[2].linear1.weight.data.add_(1)
         FILTERED.fit(EWC(LAMBDA, path), module=module)
     FILTERED.fit(LayerReinit(1), Look(LAMBDA, path), max_epochs=1)
     assert seen
@@ -320,7 +320,7 @@ def test_refuses_what_is_no_fisher_of_this_model(tmp_path: Path) -> None:
         FILTERED.fit(EWC(1.0, other))
     big = {name: 30 * torch.ones_like(p) for name, p in body(Plain()).items()}
     Fisher(big, 1, "exact").save(other)
-    with pytest.raises(ValueError, match="pulls 3 of the way back, .*: lower the strength"):
+    with pytest.raises(ValueError, match=r"pulls 3 of the way back, .*: lower the strength"):
         FILTERED.fit(EWC(1.0, other, mode="decoupled"), module=Plain())
     Fisher({"encoder.norm.weight": torch.ones(8)}, 1, "exact").save(other)
     with pytest.warns(UserWarning, match="have no Fisher information and are free to move"):

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
+from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
 from lightning_ft.callbacks.exact_resume import _seed_generators
+from tests.fisher_file import fisher_file
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Stranger, dataset, identical, outcome
 
 # Six batches and three optimiser steps an epoch, thaws at the steps 2 (in mid-epoch), 4 and 6 (at a boundary),
@@ -45,6 +46,7 @@ def callbacks(stranger: Stranger, folder: Path) -> list[Callback]:
         GradualUnfreezing("2 steps"),
         DiscriminativeLR(0.7),
         L2SP(0.1, "decoupled" if stranger.name == "late" else "coupled", head_strength=0.01),
+        EWC(0.1, fisher_file(), mode="coupled" if stranger.name == "late" else "decoupled"),
     ]
 
 
