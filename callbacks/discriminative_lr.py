@@ -76,11 +76,9 @@ class DiscriminativeLR(Callback):
         """The layer groups of this module, as this callback sees them."""
         return self.layers.of(module)
 
-    def multipliers(self, module: LightningModule) -> dict[str, float]:
-        """The factor of each layer group of this module, bottom to top."""
-        return self._multipliers(self.groups(module))
-
-    def _multipliers(self, groups: LayerGroups) -> dict[str, float]:
+    def multipliers(self, module: LightningModule, groups: LayerGroups | None = None) -> dict[str, float]:
+        """The factor of each layer group of this module, bottom to top. ``groups``: if they are found already."""
+        groups = groups or self.groups(module)
         if groups.shared and self.decay != 1:
             raise ValueError(
                 f"decay={self.decay} falls from block to block, and this model runs {', '.join(groups.shared)} at "
@@ -93,7 +91,7 @@ class DiscriminativeLR(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
         groups = self.groups(pl_module)
-        self._factors = self._multipliers(groups)
+        self._factors = self.multipliers(pl_module, groups)
         factors = {id(p): self._factors[name] for name in groups for p in groups.parameters(name)}
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):

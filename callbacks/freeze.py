@@ -84,9 +84,14 @@ class Freeze(Callback):
         """The layer groups of this module, as this callback sees them."""
         return self.layers.of(module)
 
-    def plan(self, module: LightningModule) -> FreezePlan:
-        """What trains, as one phase; what ``parameters`` picks out is a group of its own. Nothing is frozen yet."""
-        groups = self.groups(module)
+    def plan(self, module: LightningModule, groups: LayerGroups | None = None) -> FreezePlan:
+        """What trains, as one phase; what ``parameters`` picks out is a group of its own. Nothing is frozen yet.
+
+        Args:
+            module: The module.
+            groups: Its layer groups, if they are found already.
+        """
+        groups = groups or self.groups(module)
         trains = self._trains(groups)
         matched = self._matched(module)
         parts: dict[str, list[Named]] = {

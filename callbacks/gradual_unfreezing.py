@@ -126,16 +126,19 @@ class GradualUnfreezing(Callback):
         """The layer groups of this module, as this callback sees them."""
         return self.layers.of(module)
 
-    def stages(self, module: LightningModule) -> list[Stage]:
-        """What trains in each phase of this module, from when on (None: when the metric says) and at which rate."""
-        return self._stages_of(self.groups(module))
+    def plan(self, module: LightningModule, groups: LayerGroups | None = None) -> FreezePlan:
+        """The phases for this module; nothing is frozen yet. ``groups``: if they are found already."""
+        groups = groups or self.groups(module)
+        return self._plan(module, groups, self.stages(module, groups))
 
-    def plan(self, module: LightningModule) -> FreezePlan:
-        """The phases for this module; nothing is frozen yet."""
-        groups = self.groups(module)
-        return self._plan(module, groups, self._stages_of(groups))
+    def stages(self, module: LightningModule, groups: LayerGroups | None = None) -> list[Stage]:
+        """What trains in each phase of this module, from when on (None: when the metric says) and at which rate.
 
-    def _stages_of(self, groups: LayerGroups) -> list[Stage]:
+        Args:
+            module: The module.
+            groups: Its layer groups, if they are found already.
+        """
+        groups = groups or self.groups(module)
         if self.phases is not None:
             stages = explicit_stages(self.phases, groups, previous=self.previous)
         else:
@@ -184,7 +187,7 @@ class GradualUnfreezing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
         groups = self.groups(pl_module)
-        self._stages = self._stages_of(groups)
+        self._stages = self.stages(pl_module, groups)
         self._check_times(trainer)
         if self._metric is not None:
             self._metric.check(trainer, pl_module)

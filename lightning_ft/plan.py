@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_ft.callbacks import DiscriminativeLR, Freeze, GradualUnfreezing
 from lightning_ft.core.freeze_plan import FreezePlan
 from lightning_ft.core.layer_groups import LayerGroups
+from lightning_ft.core.layers import Layers
 from lightning_ft.core.phases import Stage
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Progress
@@ -44,21 +45,25 @@ def plan(
     Raises:
         ValueError: There is to be a picture, and the number of steps is unknown or infinite.
     """
-    groups = _groups(trainer, model)
+    found = _Found(model)
     unfreezing = next((c for c in trainer.callbacks if isinstance(c, GradualUnfreezing)), None)  # type: ignore[attr-defined]
     discriminative = next((c for c in trainer.callbacks if isinstance(c, DiscriminativeLR)), None)  # type: ignore[attr-defined]
-    factors = discriminative.multipliers(model) if discriminative else dict.fromkeys(groups, 1.0)
+    freeze = next((c for c in trainer.callbacks if isinstance(c, Freeze)), None)  # type: ignore[attr-defined]
+    chosen = unfreezing or freeze or discriminative
+    groups = found.groups(chosen.layers if chosen else Layers())
+    factors = dict.fromkeys(groups, 1.0)
+    if discriminative:
+        factors = discriminative.multipliers(model, found.groups(discriminative.layers))
     base = model.learning_rate if isinstance(model, TransformerModule) else 1.0
     rates = {name: base * factors[name] for name in groups}
     per_epoch, total = _steps(trainer, model, datamodule)
     facts = {"optimiser steps": _number(total), "optimiser steps per epoch": _number(per_epoch)}
 
     live = [name for name in groups if any(p.requires_grad for p in groups.parameters(name))]
-    freeze = next((c for c in trainer.callbacks if isinstance(c, Freeze)), None)  # type: ignore[attr-defined]
     if unfreezing:
-        stages, freeze_plan = unfreezing.stages(model), unfreezing.plan(model)
+        stages, freeze_plan = unfreezing.stages(model, groups), unfreezing.plan(model, groups)
     else:
-        freeze_plan = freeze.plan(model) if freeze else FreezePlan(groups, [live])
+        freeze_plan = freeze.plan(model, groups) if freeze else FreezePlan(groups, [live])
         trained = {id(p) for _, p in freeze_plan.training(0)}
         # Also groups of which Freeze(parameters=...) lets a part train.
         stages = [Stage(tuple(name for name in groups if any(id(p) in trained for p in groups.parameters(name))))]
@@ -147,11 +152,19 @@ def _schedule(model: LightningModule, total: int) -> Callable[[int], float]:
     return model.rate_factor(total)
 
 
-def _groups(trainer: Trainer, model: LightningModule) -> LayerGroups:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, GradualUnfreezing | DiscriminativeLR | Freeze):
-            return callback.groups(model)
-    return LayerGroups.of(model)
+class _Found:
+    """The layer groups of a model, found once for all callbacks that say the same of them: it takes a traced run."""
+
+    def __init__(self, model: LightningModule) -> None:
+        self._model = model
+        self._known: list[tuple[Layers, LayerGroups]] = []
+
+    def groups(self, layers: Layers) -> LayerGroups:
+        known = next((groups for said, groups in self._known if said == layers), None)
+        if known is None:
+            known = layers.of(self._model)
+            self._known.append((layers, known))
+        return known
 
 
 def _steps(trainer: Trainer, model: LightningModule, data: LightningDataModule | None) -> tuple[float, float]:

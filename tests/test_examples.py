@@ -160,7 +160,8 @@ def test_own_module_runs(tmp_path: Path) -> None:
     assert "phase 3 of 3: stem, body, head train" in output
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # three minutes on two free cores
+@pytest.mark.timeout(1800)
 def test_demo_beats_frozen_features(tmp_path: Path) -> None:
     run(tmp_path, "-m", "lightning_ft", "demo", "A fine film.")
     folder = tmp_path / "runs" / "demo" / "run_0"

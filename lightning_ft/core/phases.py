@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations
 from math import nan
 
 from lightning_ft.core.schedule import Duration, Progress
@@ -104,10 +104,11 @@ def check_order(stages: Sequence[Stage], *, steps_per_epoch: float, total_steps:
     """Refuse stages that do not begin one after the other. Lengths that are not known are nan.
 
     Raises:
-        ValueError: A stage begins no later than the one before it.
+        ValueError: A stage begins no later than one before it.
     """
     times = [stage.begins for stage in stages if stage.begins is not None]
-    for one, other in pairwise(times):
+    # All pairs: between two of one unit there may be one of another, whose place is not known yet.
+    for one, other in combinations(times, 2):
         if one.unit == other.unit:
             late = one.amount < other.amount
         else:

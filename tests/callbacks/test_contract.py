@@ -22,6 +22,7 @@ from lightning_ft.callbacks import (
     GradualUnfreezing,
     LayerReinit,
     LayerRemoval,
+    LayerTimeline,
     TrainingModeCheck,
 )
 from lightning_ft.core import Phase, Plateau
@@ -40,6 +41,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "frozen-prefix-cache": FrozenPrefixCache,
     "layer-reinit": partial(LayerReinit, 2),
     "layer-removal": partial(LayerRemoval, [1]),
+    "layer-timeline": LayerTimeline,
     "discriminative-lr": partial(DiscriminativeLR, 0.5),
     "l2-sp-coupled": partial(L2SP, 0.5, head_strength=0.1),
     "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
@@ -54,6 +56,7 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "freeze": partial(Freeze, "all"),
     "frozen-prefix-cache": FrozenPrefixCache,
     "layer-reinit": partial(LayerReinit, 0, pooler=False),
+    "layer-timeline": LayerTimeline,
     "discriminative-lr": partial(DiscriminativeLR, 1.0),
     "l2-sp-coupled": partial(L2SP, 0.0),
     "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
@@ -141,8 +144,8 @@ def test_releases_everything_after_an_exception(
 
 @each_stranger
 @pytest.mark.parametrize("make", NEUTRAL.values(), ids=NEUTRAL)
-def test_strength_zero_changes_no_bit(stranger: Stranger, make: Callable[[], Callback]) -> None:
-    assert identical(outcome(stranger.fit(make())), outcome(stranger.fit()))
+def test_strength_zero_changes_no_bit(stranger: Stranger, make: Callable[[], Callback], tmp_path: Path) -> None:
+    assert identical(outcome(stranger.fit(make(), default_root_dir=tmp_path)), outcome(stranger.fit()))
 
 
 @each_stranger

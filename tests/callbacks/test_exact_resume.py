@@ -12,7 +12,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
+from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, ExactResume, FrozenPrefixCache, GradualUnfreezing
 from lightning_ft.callbacks.exact_resume import _seed_generators
 from tests.fisher_file import fisher_file
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Stranger, dataset, identical, outcome
@@ -94,6 +94,42 @@ def test_resumed_run_ends_as_if_it_had_never_stopped(
     trainer = stranger.trainer(callbacks(stranger, tmp_path), **settings)
     trainer.fit(stranger.module(), ckpt_path=tmp_path / "last.ckpt")
     assert identical(outcome(trainer), uninterrupted(name))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_with_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("cached")
+    all_of_them = [*callbacks(FILTERED, folder), FrozenPrefixCache(min_epochs=0)]
+    result = outcome(FILTERED.fit(*all_of_them, **options(FILTERED, folder)))
+    # It follows the thaws at the steps 2 and 4; at 6 only the embeddings are left, and nothing is cached.
+    assert [row["step"] for row in all_of_them[-1].report().rows] == [0, 2, 4]
+    return result, [callback.state_dict() for callback in all_of_them]
+
+
+@pytest.mark.parametrize(
+    ("hook", "epoch", "batch"),
+    [
+        *(("on_after_backward", 0, batch) for batch in (2, 4, 5)),
+        *(("on_after_backward", 1, batch) for batch in (0, 2, 3)),
+        ("on_train_batch_start", 0, 4),
+        ("on_validation_end", 0, 5),
+        ("on_validation_end", 1, 2),
+        ("on_train_batch_end", 1, 5),
+    ],
+)
+def test_resume_is_exact_with_a_cached_prefix(
+    hook: str, epoch: int, batch: int, tmp_path: Path, uninterrupted_with_cache: Any
+) -> None:
+    """Beside all the others; the states of the callbacks, too."""
+
+    def run(*more: Callback, **settings: Any) -> Any:
+        all_of_them = [*callbacks(FILTERED, tmp_path), FrozenPrefixCache(min_epochs=0)]
+        trainer = FILTERED.fit(*all_of_them, *more, **options(FILTERED, tmp_path), **settings)
+        return outcome(trainer), [callback.state_dict() for callback in all_of_them]
+
+    with pytest.raises(Killed):
+        run(Kill(hook, epoch, batch))
+    assert identical(run(ckpt_path=tmp_path / "last.ckpt"), uninterrupted_with_cache)
 
 
 def test_save_due_inside_an_accumulation_window_waits_for_its_end(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class Start(Callback):
     """All weights, and the state of the global generator, when the fit starts."""
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        assert "configure_model" not in vars(pl_module)  # nothing is left that a second call, or a copy, would run
         self.weights = weights(pl_module)
         self.random = torch.get_rng_state()
         self.fresh = {name for name, p in pl_module.named_parameters() if p in fresh_parameters(pl_module)}

@@ -34,6 +34,7 @@ class Held(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         held = {p for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
         assert held == set(pl_module.parameters())
+        assert "configure_model" not in vars(pl_module)
         self.depth = depth(pl_module)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
@@ -301,6 +302,16 @@ def test_a_phase_ends_when_its_metric_stops_improving(plateau: Plateau, scores: 
     scored(*scores).fit(GradualUnfreezing(plateau), watch, max_epochs=3, **TWICE)
     assert [count for _, count in watch.phases] == counts
     assert [len(names) for names, _ in watch.phases] == [2, 3, 4][: len(counts)]
+
+
+def test_the_value_of_the_first_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the values get better, on the first rank they get worse."""
+    monkeypatch.setattr(
+        SingleDeviceStrategy, "broadcast", lambda self, obj, src=0: -obj if isinstance(obj, float) else obj
+    )
+    watch = Groups()
+    scored(4.0, 3.0, 2.0, 1.0).fit(GradualUnfreezing(Plateau("score")), watch, **TWICE)
+    assert [count for _, count in watch.phases] == [6, 6]
 
 
 def test_a_decision_inside_a_window_waits_for_its_end() -> None:

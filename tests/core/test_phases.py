@@ -44,6 +44,14 @@ def test_order_across_units_where_lengths_are_known() -> None:
         check_order(STAGES, steps_per_epoch=6, total_steps=6)
 
 
+def test_stages_of_one_unit_are_compared_across_those_of_another() -> None:
+    """The length of an epoch is not known, and one in epochs stands between them."""
+    stages = [Stage(("c",)), *(Stage(("b",), Duration.parse(at, "at")) for at in ("6 steps", "1 epoch", "5 steps"))]
+    with pytest.raises(ValueError, match="one at 6 steps is followed by one at 5 steps: let at= grow"):
+        check_order(stages, steps_per_epoch=math.nan, total_steps=math.nan)
+    check_order([*stages[:3], Stage(("a",), Duration(7, "steps"))], steps_per_epoch=math.nan, total_steps=math.nan)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -265,6 +265,13 @@ def test_a_curriculum_counts_the_steps_of_the_whole_training(temperature: float)
                 sizes.append(max(positions) - pool)
     assert max(sizes) == -1  # the pools are used up to their end
     assert len(set(sizes)) > 1
+    own: Any = made.samplers["a"]
+    steps = [
+        number * 10 + place // 4 for number in range(4) for place, task in enumerate(made._order(number)) if not task
+    ]
+    for nth, step in enumerate(steps):
+        own.set_epoch(nth // len(own))
+        assert own.competence_at(nth % len(own)) == competence(step, duration=30)
 
 
 def test_a_curriculum_lasts_as_long_as_the_training_says() -> None:

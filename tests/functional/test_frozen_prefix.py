@@ -15,7 +15,7 @@ from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.functional.frozen_prefix import FrozenPrefix
 from lightning_ft.functional.prefix_cache import PrefixCache, all_rows
 from lightning_ft.functional.prefix_layout import PrefixLayout, blocks_of, frozen_depth, parameters_of
-from lightning_ft.functional.prefix_rows import Unsuited, arguments, read_inputs, rows_of, signature_of
+from lightning_ft.functional.prefix_rows import Unsuited, arguments, by_length, read_inputs, rows_of, signature_of
 from tests.tiny import BERT, LLAMA, TINY, classifier
 
 OPT = {"num_attention_heads": 2, "ffn_dim": 32, "max_position_embeddings": 64, "word_embed_proj_dim": 8}
@@ -368,3 +368,13 @@ def test_fill_does_not_depend_on_the_order_of_rows() -> None:
         stores.append(cache._store.gather(cache._store.find(keys), [0] * ROWS, 12))
     assert torch.equal(*stores)
     assert cache.rows == ROWS
+
+
+@pytest.mark.parametrize("limits", [{"tokens": 24}, {"most": 5}])
+def test_batches_of_a_fill_do_not_depend_on_the_order_of_rows(limits: dict[str, int]) -> None:
+    made = [
+        [[row.key for row in batch] for batch in by_length(list(all_rows(batches("right", seed))), **limits)]
+        for seed in (1, 2)
+    ]
+    assert made[0] == made[1]
+    assert len(made[0]) > 2
