@@ -181,7 +181,7 @@ class FineTuningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        ours = dict.fromkeys(("plan", "fisher"), {"model", "datamodule"})
+        ours = {command: {"model", "datamodule"} for command in ("plan", "fisher")}
         return {**LightningCLI.subcommands(), **ours}
 
     @override

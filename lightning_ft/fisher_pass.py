@@ -78,7 +78,7 @@ def fisher_of_task(
     with warnings.catch_warnings():
         # Of training data: the order is of no account here.
         warnings.filterwarnings("ignore", message=".*sampler has shuffling enabled")
-        trainer.validate(run, ckpt_path=ckpt_path, verbose=False)
+        trainer.validate(run, ckpt_path=None if ckpt_path is None else os.fspath(ckpt_path), verbose=False)
     return run.report()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.fisher_pass import fisher_of_task
 from lightning_ft.functional.fisher import fisher_diagonal
 from lightning_ft.modules import SequenceClassification
+from tests.functional.test_fisher import assert_same
 from tests.ranks import RANKS, run_ranks
 from tests.test_cli import lightning_ft, project
 
@@ -47,8 +50,7 @@ def test_the_command_writes_what_the_function_computes(project: Path, trained: P
     names = [name for name, _ in module.named_parameters() if "classifier" not in name]
     expected = fisher_diagonal(module, data.train_dataloader(), parameters=names)
     assert found.weights == pytest.approx(expected.weights)
-    for name, value in expected.tensors.items():
-        torch.testing.assert_close(found.tensors[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
+    assert_same(found.tensors, expected.tensors, 1e-4)
     assert f"trace: {found.trace():.4g}" in output
 
     # One more task, of drawn labels: refused before any work; of the same variant: added.
@@ -73,8 +75,7 @@ def parts(folder: Path, **options: Any) -> tuple[SequenceClassification, Classif
 
 def on_each_rank() -> dict[str, Any]:
     """The validation rows, 20, of which each of two processes has ten."""
-    import os
-
+    warnings.filterwarnings("ignore", message="without --ckpt_path")
     folder = Path(os.environ["FISHER_PROJECT"])
     module, data = parts(folder)
     ddp = DDPStrategy(process_group_backend="gloo")
@@ -97,22 +98,23 @@ def test_two_processes_give_what_one_gives(
     assert {row["group"] for row in report.rows} >= {"embeddings", "block.0", "head"}
     assert sum(row["share %"] for row in report.rows) == pytest.approx(100, abs=0.5)
     monkeypatch.setenv("FISHER_PROJECT", str(project))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     ranks = run_ranks(f"{__name__}:on_each_rank", tmp_path_factory.mktemp("ranks"))
     assert [rank["examples"] for rank in ranks] == [20, 20]
     one, two = (Fisher.load(project / f"{name}.safetensors") for name in ("one", "ranks"))
-    for name, value in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], value, rtol=1e-4, atol=1e-6 * float(value.max()))
+    assert_same(two.tensors, one.tensors, 1e-4)
 
 
 def test_a_new_head_and_no_data_are_told(project: Path) -> None:
     module, data = parts(project)
-    with pytest.warns(UserWarning, match="without --ckpt_path.*a new head"):
+    with pytest.warns(UserWarning, match=r"without --ckpt_path.*a new head"):
         fisher_of_task(Trainer(accelerator="cpu", **QUIET), module, data, project / "f.safetensors", limit=6)
     assert Fisher.load(project / "f.safetensors").examples == 6
     with pytest.raises(ValueError, match="the Fisher information is one of data"):
         fisher_of_task(Trainer(accelerator="cpu", **QUIET), module, None, "f.safetensors")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="split='test' must be one of train, val"), pytest.warns(UserWarning):
+    with (
+        pytest.raises(ValueError, match="split='test' must be one of train, val"),
+        pytest.warns(UserWarning, match="without --ckpt_path"),
+    ):
         fisher_of_task(Trainer(accelerator="cpu", **QUIET), module, data, "f", split="test")  # type: ignore[arg-type]
 
 

@@ -37,7 +37,9 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tol
         assert float((found[name] - value).abs().max()) <= limit, name
 
 
-def reference(module: nn.Module, rows: list[Batch], log_p: Callable[[Batch], list[tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+def reference(
+    module: nn.Module, rows: list[Batch], log_p: Callable[[Batch], list[tuple[Tensor, Tensor]]]
+) -> dict[str, Tensor]:
     """F = 1/n Σ_rows Σ_(weight, log p) weight (∂ log p)²: a loop that shares no line with what it checks."""
     module.eval()
     named = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -347,7 +349,7 @@ def test_whatever_the_layers_do_the_loop_is_equalled(kind: type[Words], whole: b
         reference(module, one_by_one(batch), lambda row: all_classes(module(row[0]))),
     )
     if not whole:
-        with pytest.raises(ValueError, match="vectorise=True, but .*: leave it out"):
+        with pytest.raises(ValueError, match=r"vectorise=True, but .*: leave it out"):
             fisher_diagonal(module, [batch], likelihood=told_by_logits, vectorise=True)
 
 
@@ -441,7 +443,7 @@ def test_what_cannot_be_is_refused() -> None:
     module, batch = Convolutions(), images()
     with pytest.raises(ValueError, match="variant='batched' must be one of"):
         fisher_diagonal(module, [batch], "batched")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="variant='exact' asks what Convolutions itself says.*give likelihood="):
+    with pytest.raises(ValueError, match=r"variant='exact' asks what Convolutions itself says.*give likelihood="):
         fisher_diagonal(module, [batch])
     with pytest.raises(ValueError, match="batches gave no example"):
         fisher_diagonal(module, [], likelihood=told_by_logits)
@@ -455,25 +457,25 @@ def test_what_cannot_be_is_refused() -> None:
         fisher_diagonal(nn.Linear(2, 1).requires_grad_(False), [batch], likelihood=told_by_logits)
     with pytest.raises(ValueError, match=r"rows of this batch cannot be told apart.*batch_size=1"):
         fisher_diagonal(module, [[batch[0], torch.zeros(2)]], "empirical")
-    with pytest.raises(ValueError, match="the likelihood of a batch of . rows is of 1 examples"):
-        one = lambda module, batch: Likelihood(module(batch[0]).mean(0, keepdim=True), None)  # noqa: E731
+    one = lambda module, batch: Likelihood(module(batch[0]).mean(0, keepdim=True), None)  # noqa: E731
+    unlabelled = lambda module, batch: Likelihood(module(batch[0]), None)  # noqa: E731
+    with pytest.raises(ValueError, match=r"the likelihood of a batch of . rows is of 1 examples"):
         fisher_diagonal(module, [batch], likelihood=one)
     with pytest.raises(ValueError, match="the data have none"):
-        unlabelled = lambda module, batch: Likelihood(module(batch[0]), None)  # noqa: E731
         fisher_diagonal(module, [batch], "empirical", likelihood=unlabelled)
     with pytest.raises(ValueError, match="the loss of a batch of one is None"):
         fisher_diagonal(module, [batch], "empirical", loss=lambda module, batch: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="vectorise=True needs a likelihood"):
         fisher_diagonal(module, [batch], "empirical", vectorise=True)
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match="manual optimisation.*give loss="):
+    with pytest.raises(ValueError, match=r"manual optimisation.*give loss="):
         fisher_diagonal(module, [batch], "empirical")
 
 
 def test_many_outcomes_are_to_be_drawn() -> None:
     layer = nn.Linear(2, 3000)
     told = lambda module, x: Likelihood(module(x), None)  # noqa: E731
-    with pytest.raises(ValueError, match="would take 2999 backward passes.*variant=\"sampled\""):
+    with pytest.raises(ValueError, match=r'would take 2999 backward passes.*variant="sampled"'):
         fisher_diagonal(layer, [torch.randn(2, 2)], likelihood=told)
     assert fisher_diagonal(layer, [torch.randn(2, 2)], "sampled", likelihood=told).trace() > 0
 

@@ -115,9 +115,7 @@ def multi() -> Case:
     return MultiTask(heads), {**tokens(50), "task": "words"}, True
 
 
-@pytest.mark.parametrize(
-    "make", [single, several, number, tags, masked, causal, llama, bart, t5, spans, choice, multi]
-)
+@pytest.mark.parametrize("make", [single, several, number, tags, masked, causal, llama, bart, t5, spans, choice, multi])
 def test_heads(make: Callable[[], Case]) -> None:
     torch.manual_seed(0)
     module, batch, whole = make()
