@@ -385,6 +385,22 @@ def test_the_module_is_left_as_it_was() -> None:
     assert "log" not in vars(module)
 
 
+def test_what_a_loss_draws_and_counts_is_undone() -> None:
+    module = Convolutions()
+
+    def loss(module: Any, batch: Batch) -> Tensor:
+        module.norm.running_mean.add_(random.random() + torch.rand(()))
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    batch = images()
+    states = torch.get_rng_state(), random.getstate()
+    first, second = (fisher_diagonal(module, [batch], "empirical", loss=loss) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert not module.norm.running_mean.any()
+    assert first.trace() == second.trace()
+
+
 def test_dropout_is_off_and_found_again() -> None:
     module = FILTERED.module().train()
     batch = list(dataset().tensors)
