@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with run folders, exact resume, and the commands plan, export and demo."""
+"""The command line: LightningCLI with run folders, exact resume, and the commands plan, fisher, export and demo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser, Namespace, auto_cli
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -43,6 +43,8 @@ from lightning_ft.callbacks import (
     TrainingModeCheck,
     WritePredictions,
 )
+from lightning_ft.core.fisher import Variant
+from lightning_ft.fisher_pass import Split, fisher_of_task
 from lightning_ft.functional import decay_groups
 from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 from lightning_ft.plan import plan
@@ -58,13 +60,15 @@ _SHARED = (
 _HELP = """
 further commands, with --help of their own:
   lightning-ft plan --config CONFIG        print phases, groups and rates before any training
+  lightning-ft fisher --config CONFIG --ckpt_path CKPT --out FILE
+                                           how much each parameter matters to a task, for EWC
   lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """
 
 
 class FineTuningTrainer(Trainer):
-    """Lightning's Trainer with the command ``plan``."""
+    """Lightning's Trainer with the commands ``plan`` and ``fisher``."""
 
     def plan(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, plot: str | None = None
@@ -78,6 +82,47 @@ class FineTuningTrainer(Trainer):
         """
         for report in plan(self, model, datamodule, plot=plot):
             print(report, end="\n\n")
+
+    def fisher(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        out: str = "fisher.safetensors",
+        ckpt_path: str | None = None,
+        variant: Variant = "exact",
+        limit: int | None = 1000,
+        split: Split = "train",
+        previous: str | None = None,
+        gamma: float = 1.0,
+        head: bool = False,
+    ) -> None:
+        """Compute the diagonal Fisher information of a trained model over its data, and write it for EWC.
+
+        Args:
+            model: The module.
+            datamodule: The data of the task that is to be remembered.
+            out: The file to write or replace, in safetensors.
+            ckpt_path: The checkpoint with the trained weights, or "last".
+            variant: Whose labels: the model's own, all of them (exact) or one drawn for each example (sampled), or
+                those of the data (empirical).
+            limit: Number of examples; null for all.
+            split: Part of the data.
+            previous: A file of earlier tasks, to which this one is added.
+            gamma: What earlier tasks are multiplied by: 1 keeps them whole, 0.9 to 0.95 forgets slowly.
+            head: Also the head's parameters, which a new task replaces.
+        """
+        report = fisher_of_task(
+            *(self, model, datamodule, out),
+            ckpt_path=ckpt_path,
+            variant=variant,
+            limit=limit,
+            split=split,
+            previous=previous,
+            gamma=gamma,
+            head=head,
+        )
+        if self.is_global_zero:
+            print(report)
 
 
 class SaveFitConfig(SaveConfigCallback):
@@ -136,7 +181,8 @@ class FineTuningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        ours = {command: {"model", "datamodule"} for command in ("plan", "fisher")}
+        return {**LightningCLI.subcommands(), **ours}
 
     @override
     def configure_optimizers(  # type: ignore[override]  # of the instance: it needs the configuration
@@ -198,6 +244,10 @@ class FineTuningCLI(LightningCLI):
         if self.subcommand == "fit":
             self.save_config_kwargs["claim"] = None if self._run.exists() else self._run
             kwargs |= self._fit_settings(settings, callbacks)
+        elif self.subcommand == "fisher":
+            # A fit's own are no concern of it.
+            callbacks = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+            kwargs |= {"enable_checkpointing": False, "enable_model_summary": False}
         elif self.subcommand == "predict" and not any(isinstance(c, WritePredictions) for c in callbacks):
             callbacks.append(WritePredictions(self._run / "predictions.jsonl"))
         for callback in callbacks:

@@ -54,10 +54,11 @@ def take_rows(batch: Any, rows: slice, of: int) -> Any:
 
 
 def prepare(batch: Any, device: torch.device) -> Any:
-    """The batch on a device, and such that autograd may keep it: not so what was made under inference mode."""
+    """The batch on a device, in fp32, and such that autograd may keep it: not so what was made in inference mode."""
 
     def move(tensor: Tensor) -> Tensor:
-        moved = tensor.to(device)
+        half = tensor.dtype in (torch.float16, torch.bfloat16)
+        moved = tensor.to(device, torch.float32 if half else tensor.dtype)
         return moved.clone() if moved.is_inference() else moved
 
     return map_tensors(batch, move)

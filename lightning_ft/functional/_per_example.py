@@ -230,11 +230,11 @@ def _add_products_(total: Tensor, left: Tensor, right: Tensor) -> None:
         return
     if total.device.type != "cpu":
         size = max(1, (1 << 26) // total.numel())
-        for l, r in zip(left.split(size), right.split(size), strict=True):  # noqa: E741
+        for l, r in zip(torch.split(left, size), torch.split(right, size), strict=True):  # noqa: E741
             total += torch.bmm(l.mT, r).square_().sum(0)
         return
     # Padding, and what the head does not read of the last block, has no gradient: those places are left out.
-    live = (left != 0).any(-1) & (right != 0).any(-1)
+    live = (left != 0).any(-1) & (right != 0).any(-1)  # whichever of the two is the gradient
     counts = live.sum(1).tolist()
     if max(counts) <= 1:
         some = live.nonzero(as_tuple=True)
@@ -253,7 +253,7 @@ def _add_rows_(total: Tensor, part: _Part, indices: Tensor) -> None:
     assert isinstance(part.layer, nn.Embedding)
     size = len(total)
     flat = (indices + size * torch.arange(len(indices), device=indices.device)[:, None]).flatten()
-    touched, place = flat.unique(return_inverse=True)
+    touched, place = torch.unique(flat, return_inverse=True)
     rows = part.gradient.flatten(0, -2) * _not_padding(part.layer, indices)
     found = rows.new_zeros(len(touched), rows.shape[-1]).index_add_(0, place, rows)
     total.index_add_(0, touched % size, found.square_())

@@ -154,7 +154,7 @@ class Likelihood:
         uniform = uniform.to(outputs.device if outputs.device.type != "mps" else "cpu")
         outputs = outputs.to(uniform.device, torch.float64)
         if self.family == "gaussian":
-            drawn = outputs + torch.special.ndtri(uniform.clamp(min=1e-300))
+            drawn: Tensor = outputs + torch.special.ndtri(uniform.clamp(min=1e-300))
         elif self.family == "bernoulli":
             drawn = (uniform < outputs.sigmoid()).double()
         else:

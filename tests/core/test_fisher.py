@@ -27,7 +27,7 @@ def test_trace_mean_and_quantile() -> None:
     assert found.clipped(1).trace() == 16
     with pytest.raises(ValueError, match=r"quantile=0 must lie in \(0, 1\]"):
         found.clipped(0)
-    with pytest.raises(ValueError, match="the trace is 0.0"):
+    with pytest.raises(ValueError, match=r"the trace is 0\.0"):
         fisher(0, 0, 0, 0).normalised()
 
 

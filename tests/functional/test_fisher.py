@@ -349,7 +349,7 @@ def test_whatever_the_layers_do_the_loop_is_equalled(kind: type[Words], whole: b
         reference(module, one_by_one(batch), lambda row: all_classes(module(row[0]))),
     )
     if not whole:
-        with pytest.raises(ValueError, match="vectorise=True, but .*: leave it out"):
+        with pytest.raises(ValueError, match=r"vectorise=True, but .*: leave it out"):
             fisher_diagonal(module, [batch], likelihood=told_by_logits, vectorise=True)
 
 
@@ -383,6 +383,22 @@ def test_the_module_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(m._forward_hooks for m in module.modules())
     assert "log" not in vars(module)
+
+
+def test_what_a_loss_draws_and_counts_is_undone() -> None:
+    module = Convolutions()
+
+    def loss(module: Any, batch: Batch) -> Tensor:
+        module.norm.running_mean.add_(random.random() + torch.rand(()))
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    batch = images()
+    states = torch.get_rng_state(), random.getstate()
+    first, second = (fisher_diagonal(module, [batch], "empirical", loss=loss) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert not module.norm.running_mean.any()
+    assert first.trace() == second.trace()
 
 
 def test_dropout_is_off_and_found_again() -> None:
@@ -443,7 +459,7 @@ def test_what_cannot_be_is_refused() -> None:
     module, batch = Convolutions(), images()
     with pytest.raises(ValueError, match="variant='batched' must be one of"):
         fisher_diagonal(module, [batch], "batched")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="variant='exact' asks what Convolutions itself says.*give likelihood="):
+    with pytest.raises(ValueError, match=r"variant='exact' asks what Convolutions itself says.*give likelihood="):
         fisher_diagonal(module, [batch])
     with pytest.raises(ValueError, match="batches gave no example"):
         fisher_diagonal(module, [], likelihood=told_by_logits)
@@ -457,25 +473,25 @@ def test_what_cannot_be_is_refused() -> None:
         fisher_diagonal(nn.Linear(2, 1).requires_grad_(False), [batch], likelihood=told_by_logits)
     with pytest.raises(ValueError, match=r"rows of this batch cannot be told apart.*batch_size=1"):
         fisher_diagonal(module, [[batch[0], torch.zeros(2)]], "empirical")
-    with pytest.raises(ValueError, match="the likelihood of a batch of . rows is of 1 examples"):
-        one = lambda module, batch: Likelihood(module(batch[0]).mean(0, keepdim=True), None)  # noqa: E731
+    one = lambda module, batch: Likelihood(module(batch[0]).mean(0, keepdim=True), None)  # noqa: E731
+    unlabelled = lambda module, batch: Likelihood(module(batch[0]), None)  # noqa: E731
+    with pytest.raises(ValueError, match=r"the likelihood of a batch of . rows is of 1 examples"):
         fisher_diagonal(module, [batch], likelihood=one)
     with pytest.raises(ValueError, match="the data have none"):
-        unlabelled = lambda module, batch: Likelihood(module(batch[0]), None)  # noqa: E731
         fisher_diagonal(module, [batch], "empirical", likelihood=unlabelled)
     with pytest.raises(ValueError, match="the loss of a batch of one is None"):
         fisher_diagonal(module, [batch], "empirical", loss=lambda module, batch: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(ValueError, match="vectorise=True needs a likelihood"):
         fisher_diagonal(module, [batch], "empirical", vectorise=True)
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match="manual optimisation.*give loss="):
+    with pytest.raises(ValueError, match=r"manual optimisation.*give loss="):
         fisher_diagonal(module, [batch], "empirical")
 
 
 def test_many_outcomes_are_to_be_drawn() -> None:
     layer = nn.Linear(2, 3000)
     told = lambda module, x: Likelihood(module(x), None)  # noqa: E731
-    with pytest.raises(ValueError, match='would take 2999 backward passes.*variant="sampled"'):
+    with pytest.raises(ValueError, match=r'would take 2999 backward passes.*variant="sampled"'):
         fisher_diagonal(layer, [torch.randn(2, 2)], likelihood=told)
     assert fisher_diagonal(layer, [torch.randn(2, 2)], "sampled", likelihood=told).trace() > 0
 
