@@ -38,7 +38,7 @@ from lightning_ft.core import Layers
 from lightning_ft.core.files import atomic_file
 from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
-from lightning_ft.functional.fisher import fisher_diagonal
+from lightning_ft.functional import fisher_diagonal
 from lightning_ft.modules import SequenceClassification
 
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))

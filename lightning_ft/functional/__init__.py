@@ -2,6 +2,7 @@
 
 from lightning_ft.functional.answer_spans import best_spans
 from lightning_ft.functional.calibration import calibrate, calibration_bias
+from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal
 from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
 from lightning_ft.functional.label_scoring import label_log_likelihoods, label_token_ids
 from lightning_ft.functional.layer_removal import layers_to_drop, remove_layers
@@ -12,6 +13,7 @@ from lightning_ft.functional.learning_rates import (
     slanted_triangular,
     warmup_then,
 )
+from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.linear_probe import linear_probe
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
 from lightning_ft.functional.plot_timeline import plot_timeline
@@ -21,6 +23,8 @@ from lightning_ft.functional.span_corruption import span_corruption
 from lightning_ft.functional.verbaliser import label_scores
 
 __all__ = [
+    "FisherEstimate",
+    "Likelihood",
     "best_spans",
     "calibrate",
     "calibration_bias",
@@ -28,6 +32,7 @@ __all__ = [
     "depth_multipliers",
     "explicit_multipliers",
     "explicit_stages",
+    "fisher_diagonal",
     "keeps_documents_apart",
     "label_log_likelihoods",
     "label_scores",

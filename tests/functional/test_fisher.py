@@ -16,7 +16,6 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.fisher import Fisher
 from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal, merge_ranks
 from lightning_ft.functional.likelihood import Likelihood
