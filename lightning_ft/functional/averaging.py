@@ -124,8 +124,8 @@ def check_alike(one: State, other: State) -> None:
     if one.keys() != other.keys():
         missing, more = sorted(one.keys() - other.keys()), sorted(other.keys() - one.keys())
         raise ValueError(
-            f"the state dicts must have the same keys: one lacks {_some(missing)}, and has {_some(more)} instead. Only "
-            "weights of one architecture have a mean"
+            f"the state dicts must have the same keys: the second lacks {_some(missing)} and has {_some(more)} beyond "
+            "the first. Only weights of one architecture have a mean"
         )
     for name, tensor in one.items():
         if tensor.shape != other[name].shape:

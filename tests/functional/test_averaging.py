@@ -84,7 +84,7 @@ def test_statistics_of_batch_norms_are_told() -> None:
     ("states", "weights", "message"),
     [
         ([], None, "states is empty"),
-        ([state(1), {"w": torch.ones(2, 3)}], None, r"same keys: one lacks mask, steps, and has nothing instead"),
+        ([state(1), {"w": torch.ones(2, 3)}], None, r"same keys: the second lacks mask, steps and has nothing beyond"),
         ([state(1), {**state(1), "w": torch.ones(3)}], None, r"w has the shape \(2, 3\) in one .* \(3,\) in another"),
         ([state(1), {**state(1), "steps": torch.tensor(1.0)}], None, "steps is torch.int64 in one .* torch.float32"),
         ([state(1), state(2)], [1.0], "weights has 1 values and there are more"),
