@@ -363,9 +363,7 @@ def soup(arguments: list[str]) -> None:
     )
 
 
-def run(
-    arguments: Sequence[str] | None = None, *, cli_class: type[FineTuningCLI] = FineTuningCLI
-) -> FineTuningCLI:
+def run(arguments: Sequence[str] | None = None, *, cli_class: type[FineTuningCLI] = FineTuningCLI) -> FineTuningCLI:
     """Run a command of :class:`FineTuningCLI` and return it, with its trainer, model and data.
 
     Args:
