@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,10 +20,8 @@ from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 Path_ = str | os.PathLike[str]
 
 
-class Score(Protocol):
-    """The held-out score of a module that holds some weights."""
-
-    def __call__(self, state: Mapping[str, Tensor]) -> float: ...
+Score = Callable[[Mapping[str, Tensor]], float]
+"""The held-out score of a module that holds some weights."""
 
 
 def soup(

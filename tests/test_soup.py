@@ -122,7 +122,11 @@ def test_refuses_what_does_not_mix(tmp_path: Path) -> None:
     three = member(tmp_path / "3.ckpt", 1, ["good", "bad"])
     refused(r"the labels of .*3.ckpt is \['good', 'bad'\], that of .*1.ckpt is \['bad', 'good'\]", one, three)
     deeper = member(tmp_path / "deep.ckpt", 1, num_hidden_layers=4)
-    refused(r"1.ckpt and .*deep.ckpt do not mix: .* same keys: the second lacks nothing and has model.bert.encoder.layer.3", one, deeper)
+    refused(
+        r"1.ckpt and .*deep.ckpt do not mix: .* same keys: the second lacks nothing and has model.bert.encoder.layer.3",
+        one,
+        deeper,
+    )
     wider = member(tmp_path / "wide.ckpt", 1, intermediate_size=64)
     refused(r"do not mix: .* has the shape \(32, 16\) in one state dict and \(64, 16\)", one, wider)
     other = save(MaskedLM(Architecture(hf.BertConfig(**BERT))), tmp_path / "mlm.ckpt", 1)
