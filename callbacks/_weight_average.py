@@ -134,7 +134,7 @@ class WeightAverage:
         if known != {name: tensor.shape for name, tensor in whole.items()}:
             raise ValueError(
                 f"the checkpoint holds a mean of {len(whole)} weights, and the optimisers hold {len(known)} here, "
-                "under other names or of other shapes: resume with the module and the optimisers that the run began with"
+                "with other names or shapes: resume with the module and the optimisers that the run began with"
             )
         return [_part(p, whole[names[0]]) for names, p in zip(self.names, self.parameters, strict=True)]
 

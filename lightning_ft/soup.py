@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
+import lightning
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +72,7 @@ def soup(
     names = [os.fspath(member) for member in members]
     pot = _Pot(names)
     scores: dict[str, float] = {}
+    final: float | None
     if score is not None:
         for i, name in enumerate(names, 1):
             progress(f"scoring {i} of {len(names)}: {name}")
@@ -242,7 +243,7 @@ def _write(out: Path, pot: _Pot, mean: Mapping[str, Tensor], taken: list[str]) -
         "state_dict": state,
         KEY: pot.stored,
         "soup": taken,
-        "pytorch-lightning_version": pl.__version__,
+        "pytorch-lightning_version": lightning.__version__,
         "epoch": 0,
         "global_step": 0,
     }
