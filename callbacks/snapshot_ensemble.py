@@ -233,7 +233,7 @@ class SnapshotEnsemble(Callback):
             rank_zero_info("SnapshotEnsemble: there are no members yet, so the module answers by itself")
             return
         base = Path(paths[-1]).parent / _BASE
-        for path in map(Path, [*paths, base]):
+        for path in [*(Path(p) for p in paths), base]:
             if not path.is_file():
                 raise FileNotFoundError(f"{path} of the ensemble is gone: put it back, or predict without the ensemble")
         device = str(module.device)
