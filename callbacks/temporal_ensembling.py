@@ -117,8 +117,8 @@ class TemporalEnsembling(Callback):
         keys = row_keys(batch, self.rows)
         if logits.ndim > 2 or len(logits) != len(keys):
             raise ValueError(
-                f"the logits have the shape {tuple(logits.shape)} for {len(keys)} rows: TemporalEnsembling averages one "
-                "vector of logits a row. Name the module that returns them, through=..., or the rows, rows=..."
+                f"the logits have the shape {tuple(logits.shape)} for {len(keys)} rows: TemporalEnsembling averages "
+                "one vector of logits a row. Name the module that returns them, through=..., or the rows, rows=..."
             )
         now = squash(logits, self.answer)
         targets, known = self._averages.targets(keys)
