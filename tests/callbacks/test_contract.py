@@ -23,6 +23,10 @@ from lightning_ft.callbacks import (
     LayerRemoval,
     TrainingModeCheck,
 )
+from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
+from lightning_ft.callbacks.ema import EMA
+from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
 from lightning_ft.core import Phase, Plateau
 from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
 
@@ -43,6 +47,11 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
     "exact-resume": partial(ExactResume, "2 steps"),
     "training-mode-check": TrainingModeCheck,
+    "ema": partial(EMA, 0.9),
+    "checkpoint-average": CheckpointAverage,
+    "checkpoint-average-last": partial(CheckpointAverage, 1, start="1 epoch"),
+    "snapshot-ensemble": partial(SnapshotEnsemble, every="3 steps"),
+    "temporal-ensembling": partial(TemporalEnsembling, 1.0, "1 epoch"),
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
@@ -54,6 +63,9 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "l2-sp-coupled": partial(L2SP, 0.0),
     "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
     "training-mode-check": TrainingModeCheck,
+    "ema": partial(EMA, 0.9, start="99 steps"),
+    "checkpoint-average": partial(CheckpointAverage, 1),
+    "temporal-ensembling": partial(TemporalEnsembling, 0.0),
 }
 
 each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
@@ -118,7 +130,7 @@ def test_trains_releases_everything_and_keeps_its_state(
     file.seek(0)
     restored = make()
     restored.load_state_dict(torch.load(file, weights_only=True))
-    assert restored.state_dict() == callback.state_dict()
+    assert identical(restored.state_dict(), callback.state_dict())
 
 
 @each_stranger
