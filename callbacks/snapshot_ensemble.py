@@ -56,12 +56,13 @@ class SnapshotEnsemble(Callback):
             or ``"regression"`` (the mean of the values).
         through: Path of the module inside whose ``forward`` returns the logits (a tensor, or an output with
             ``.logits``); by default the LightningModule itself.
-        dirpath: Folder of the members; ``snapshots`` in the trainer's ``default_root_dir`` by default. A checkpoint of
-            the run names them, too.
+        dirpath: Folder of the members; ``snapshots`` in the trainer's ``default_root_dir`` by default. The next run of
+            the same folder replaces them: give each run a folder of its own, as the command line does. A checkpoint of
+            the run names its members, too.
 
     Raises:
-        ValueError: A number is out of range; the folder holds members of another run, or of another module; a step
-            never called ``forward``; the model is sharded.
+        ValueError: A number is out of range; the members are of another module; a step never called ``forward``; the
+            model is sharded.
         FileNotFoundError: A member is gone.
 
     Example:
@@ -135,20 +136,7 @@ class SnapshotEnsemble(Callback):
                 "SnapshotEnsemble keeps whole models and does not run where they are sharded: use DDP or one device"
             )
         if not self._restored:
-            self._base = _copy(pl_module)
-            self._begin(trainer)
-
-    def _begin(self, trainer: Trainer) -> None:
-        files = sorted(str(path) for path in self.folder(trainer).glob("cycle_*.safetensors"))
-        if strange := sorted(set(files) - set(self._paths)):
-            raise ValueError(
-                f"{self.folder(trainer)} holds members of another run ({Path(strange[0]).name}): give this one a "
-                "folder of its own, dirpath=..., move them away, or resume that run with ckpt_path=..."
-            )
-        trainer.strategy.barrier()
-        self._paths = []
-        for file in files if trainer.is_global_zero else []:
-            Path(file).unlink()
+            self._base, self._paths = _copy(pl_module), []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -193,6 +181,9 @@ class SnapshotEnsemble(Callback):
         )
 
     def _take(self, trainer: Trainer, module: LightningModule, number: int) -> None:
+        if trainer.is_global_zero and not self._paths and not self._restored:
+            for file in [*self.folder(trainer).glob("cycle_*.safetensors"), self.folder(trainer) / _BASE]:
+                file.unlink(missing_ok=True)  # of an earlier run: mixed with this one's they would be no ensemble
         self._taken = number
         path = self.folder(trainer) / f"cycle_{number:03d}.safetensors"
         changed = delta(_named(module), self._base)
