@@ -181,7 +181,7 @@ class SnapshotEnsemble(Callback):
         )
 
     def _take(self, trainer: Trainer, module: LightningModule, number: int) -> None:
-        if trainer.is_global_zero and not self._paths and not self._restored:
+        if trainer.is_global_zero and not self._paths:
             for file in [*self.folder(trainer).glob("cycle_*.safetensors"), self.folder(trainer) / _BASE]:
                 file.unlink(missing_ok=True)  # of an earlier run: mixed with this one's they would be no ensemble
         self._taken = number
