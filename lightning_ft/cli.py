@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with run folders, exact resume, and the commands plan, fisher, export and demo."""
+"""The command line: LightningCLI with run folders, exact resume, and plan, fisher, export, soup and demo."""
 
 from __future__ import annotations
 
@@ -63,6 +63,7 @@ further commands, with --help of their own:
   lightning-ft fisher --config CONFIG --ckpt_path CKPT --out FILE
                                            how much each parameter matters to a task, for EWC
   lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
+  lightning-ft soup CHECKPOINT ... --out OUT   average fine-tuned checkpoints, all or greedily (--greedy)
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """
 
@@ -370,13 +371,56 @@ def export(checkpoint: str, out: str, *, to: Literal["onnx"] = "onnx", opset: in
     print(report)
 
 
-def run(arguments: Sequence[str] | None = None) -> FineTuningCLI:
+class _Built(FineTuningCLI):
+    """A command line that makes trainer, model and data, and runs nothing."""
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def soup(arguments: list[str]) -> None:
+    """``lightning-ft soup``: average fine-tuned checkpoints."""
+    from lightning_ft.soup import scorer
+    from lightning_ft.soup import soup as mix
+
+    parser = ArgumentParser(prog="lightning-ft soup", description=(mix.__doc__ or "").splitlines()[0])
+    parser.add_argument("members", nargs="+", type=str, help="Checkpoints, or Hugging Face folders with safetensors.")
+    parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
+    parser.add_argument("--greedy", action="store_true", help="Take in only what improves the score.")
+    parser.add_argument("--config", type=str, help="Configuration of a run: its validation data score the weights.")
+    parser.add_argument("--monitor", type=str, default="val_accuracy", help="The logged value that is the score.")
+    parser.add_argument("--mode", type=Literal["max", "min"], default="max", help="Which score is better.")
+    options = parser.parse_args(arguments)
+    if options.greedy and options.config is None:
+        parser.error("--greedy scores mixtures on validation data: --config names the run's configuration")
+    score = None
+    if options.config is not None:
+        # The labels are the members', so that no training file is needed.
+        checkpoint = next((member for member in options.members if Path(member).is_file()), None)
+        path = [] if checkpoint is None else ["--ckpt_path", checkpoint]
+        built = run(["validate", "--config", options.config, *path], cli_class=_Built)
+        score = scorer(built.trainer, built.model, built.datamodule, options.monitor)
+    print(
+        mix(
+            options.members,
+            options.out,
+            score=score,
+            greedy=options.greedy,
+            mode=options.mode,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    )
+
+
+def run(arguments: Sequence[str] | None = None, *, cli_class: type[FineTuningCLI] = FineTuningCLI) -> FineTuningCLI:
     """Run a command of :class:`FineTuningCLI` and return it, with its trainer, model and data.
 
     Args:
         arguments: The command line; that of the process by default.
+        cli_class: The class of the command line.
     """
-    return FineTuningCLI(
+    return cli_class(
         trainer_class=FineTuningTrainer,
         save_config_callback=SaveFitConfig,
         seed_everything_default=0,
@@ -401,6 +445,8 @@ def main() -> None:
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
     if command == "export":
         auto_cli(export, args=arguments, as_positional=True, prog="lightning-ft export")
+    elif command == "soup":
+        soup(arguments)
     elif command == "demo":
         _demo(arguments)
     else:
@@ -427,4 +473,5 @@ __all__ = [
     "main",
     "run",
     "run_folder",
+    "soup",
 ]

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
+from lightning_ft.functional.snapshots import cycle_length, cyclic_cosine
 
 # Until the length is known only step 0 is asked for, whose factor is the same for every long enough training.
 _ANY = 10**9
@@ -108,6 +109,60 @@ class WarmupThen(LambdaLR):
 
         def factor(total: int, step: int) -> float:
             return warmup_then(shape, total_steps=total, warmup_steps=round(warmup * total))(step)
+
+        super().__init__(optimizer, _known(total_steps, factor), last_epoch)
+
+
+@final
+class CyclicCosine(LambdaLR):
+    """A learning rate that falls along half a cosine, again and again, for
+    :class:`~lightning_ft.callbacks.SnapshotEnsemble`: see :func:`lightning_ft.functional.cyclic_cosine`.
+
+    Step it once an optimiser step (``"interval": "step"``), as the command line does.
+
+    Args:
+        optimizer: Its groups' rates are those at the beginning of each cycle.
+        cycles: Falls in all.
+        warmup: Share of a cycle in which the rate rises first, in [0, 1); 0 in the paper.
+        total_steps: Optimiser steps in all. None leaves it to the command line, which fills in
+            ``trainer.estimated_stepping_batches``; everywhere else it must be given.
+        last_epoch: Steps done less one, as in every scheduler of torch.
+
+    Raises:
+        ValueError: A number is out of range, or the second step comes and ``total_steps`` is still None.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        >>> scheduler = CyclicCosine(optimizer, cycles=4, total_steps=20)
+        >>> rates = []
+        >>> for _ in range(6):
+        ...     rates.append(round(scheduler.get_last_lr()[0], 4))
+        ...     optimizer.step()
+        ...     scheduler.step()
+        >>> rates
+        [0.1, 0.0905, 0.0655, 0.0345, 0.0095, 0.1]
+
+    Reference:
+        Huang et al. 2017, "Snapshot Ensembles: Train 1, Get M for Free".
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        cycles: int = 5,
+        *,
+        warmup: float = 0.0,
+        total_steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup={warmup!r} must be a share of a cycle in [0, 1), such as 0.1")
+        cycle_length(1, cycles)  # refuses a bad number now
+
+        def factor(total: int, step: int) -> float:
+            rise = int(warmup * cycle_length(total, cycles))
+            return cyclic_cosine(step, total, cycles=cycles, warmup=rise)
 
         super().__init__(optimizer, _known(total_steps, factor), last_epoch)
 

@@ -25,6 +25,10 @@ from lightning_ft.callbacks import (
     LayerTimeline,
     TrainingModeCheck,
 )
+from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
+from lightning_ft.callbacks.ema import EMA
+from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
 from lightning_ft.core import Phase, Plateau
 from tests.fisher_file import fisher_file
 from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
@@ -49,6 +53,11 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "ewc-decoupled": lambda: EWC(0.5, fisher_file(), mode="decoupled"),
     "exact-resume": partial(ExactResume, "2 steps"),
     "training-mode-check": TrainingModeCheck,
+    "ema": partial(EMA, 0.9),
+    "checkpoint-average": CheckpointAverage,
+    "checkpoint-average-last": partial(CheckpointAverage, 1, start="1 epoch"),
+    "snapshot-ensemble": partial(SnapshotEnsemble, every="3 steps"),
+    "temporal-ensembling": partial(TemporalEnsembling, 1.0, "1 epoch"),
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
@@ -63,6 +72,9 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "ewc-coupled": lambda: EWC(0.0, fisher_file()),
     "ewc-decoupled": lambda: EWC(0.0, fisher_file(), mode="decoupled"),
     "training-mode-check": TrainingModeCheck,
+    "ema": partial(EMA, 0.9, start="99 steps"),
+    "checkpoint-average": partial(CheckpointAverage, 1),
+    "temporal-ensembling": partial(TemporalEnsembling, 0.0),
 }
 
 each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
@@ -127,7 +139,7 @@ def test_trains_releases_everything_and_keeps_its_state(
     file.seek(0)
     restored = make()
     restored.load_state_dict(torch.load(file, weights_only=True))
-    assert restored.state_dict() == callback.state_dict()
+    assert identical(restored.state_dict(), callback.state_dict())
 
 
 @each_stranger
