@@ -357,11 +357,11 @@ class TwoRanks(HeadFirst):
 
 
 def run(**options: Any) -> dict[str, Any]:
-    two = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": RANKS}
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")
     tables = {}
     for name, metric, old in (("loss", "val_loss", None), ("right", right, None), ("old", right, old_module())):
         monitor = ForgettingMonitor(OldTask(5), metric, every="3 steps", old=old)
+        two = {"strategy": options.get("strategy") or DDPStrategy(process_group_backend="gloo"), "devices": RANKS}
         settings = {"use_distributed_sampler": True, "limit_val_batches": 0, "max_epochs": 1, **two, **options}
         trainer = FILTERED.fit(monitor, module=TwoRanks(), **settings)
         tables[name] = [dict(row) for row in monitor.report().rows]
