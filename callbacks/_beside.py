@@ -112,8 +112,9 @@ class BesideValidation:
         return float(total[0] / total[1])
 
     def release(self) -> None:
-        """Let go of the data loaders."""
-        self._loop.teardown()
+        """Let go of other data's loaders. (Those of the fit are its own loop's.)"""
+        if self.datamodule is not None:
+            self._loop.teardown()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
