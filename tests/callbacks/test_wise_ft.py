@@ -285,7 +285,7 @@ def fit(folder: str, **options: Any) -> dict[str, Any]:
     assert callback.report is not None
     rows = [{key: float(value) for key, value in row.items()} for row in callback.report.rows]
     path = callback.checkpoint(trainer)
-    stored = dict(torch.load(path, weights_only=True)["state_dict"])
+    stored = dict(torch.load(path, weights_only=True)["state_dict"]) if path.exists() else {}  # of rank 0
     return {
         "rows": rows,
         "chosen": callback.report.facts["chosen alpha"],
