@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_ft.functional.delta_checkpoint import from_delta
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -100,7 +102,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of a checkpoint that one of our modules wrote, without running any code in it.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or it keeps differences to a base that is not there any more.
         ValueError: The file is not a checkpoint of a lightning_ft module.
     """
     if not Path(path).is_file():
@@ -111,7 +113,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} was not written by a lightning_ft module (it has the keys {sorted(checkpoint)}): load it with the "
             "LightningModule class that wrote it"
         )
-    return checkpoint
+    whole: dict[str, Any] = from_delta(checkpoint, source=str(path))
+    return whole
 
 
 def load_model(
