@@ -2,7 +2,7 @@
 
 from lightning_ft.functional.answer_spans import best_spans
 from lightning_ft.functional.calibration import calibrate, calibration_bias
-from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal
+from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal, merge_ranks
 from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
 from lightning_ft.functional.label_scoring import label_log_likelihoods, label_token_ids
 from lightning_ft.functional.layer_removal import layers_to_drop, remove_layers
@@ -40,6 +40,7 @@ __all__ = [
     "layers_to_drop",
     "linear_probe",
     "log_likelihood",
+    "merge_ranks",
     "move_padding",
     "plot_timeline",
     "pseudo_log_likelihood",
