@@ -74,6 +74,8 @@ def test_uniform_soup_of_one_and_three_is_two_and_its_checkpoint_opens(tmp_path:
         # Sorted: 3.5, 2, 5, 1 by |v - 3.125|: 2.75 is as far from it as 3.5, and a tie is not an improvement;
         # with 5: 4.25, with 1: 2.25.
         ("max", 3.125, {3.5}, 3.5),
+        # Sorted: 2, 3.5, 1, 5. With 3.5: 2.75; with 1: 2.1667; with 5: 2.875, worse.
+        ("max", 2.4, {2.0, 3.5, 1.0}, 6.5 / 3),
     ],
 )
 def test_greedy_takes_what_strictly_improves(

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_ft.callbacks import ExactResume, GradualUnfreezing, LayerReinit
 from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
 from tests.callbacks.test_exact_resume import Kill, Killed, options
-from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, Stranger, identical, outcome, weights
+from tests.strangers import BATCHES, FILTERED, STILL, STRANGERS, Filtered, Stranger, identical, outcome, weights
 
 each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
 
@@ -162,14 +162,14 @@ def test_resumed_run_ends_as_if_it_had_never_stopped(
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("last", [None, 2])
-@pytest.mark.parametrize("validates", [True, False])
-def test_members_are_whole_after_a_resume_at_an_epoch_s_end(validates: bool, last: int | None, tmp_path: Path) -> None:
-    """Lightning's own checkpoint lies between the epoch's validation and its end, or after it."""
-    settings = {"max_epochs": 3, "enable_checkpointing": True, "limit_val_batches": 1 if validates else 0}
-    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+@pytest.mark.parametrize("when", [{}, {"save_on_train_epoch_end": True}, {"every_n_train_steps": BATCHES}])
+def test_members_are_whole_after_a_resume_at_an_epoch_s_end(when: Any, last: int | None, tmp_path: Path) -> None:
+    """Lightning's own checkpoint lies after the epoch's validation, after its end, or before both."""
+    settings = {"max_epochs": 3, "enable_checkpointing": True}
+    saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, **when)
     whole = STILL.fit(CheckpointAverage(last), saver, **settings)
     for epoch in range(2):
-        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, **when)
         resumed = STILL.fit(CheckpointAverage(last), saver, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **settings)
         assert identical(weights(resumed.lightning_module), weights(whole.lightning_module))
 

@@ -250,13 +250,12 @@ def test_an_exception_in_validation_leaves_the_weights_that_train() -> None:
 
 
 def test_what_never_trained_keeps_its_bits_and_its_version() -> None:
-    module = Filtered()
-    module.encoder.layers[0].requires_grad_(False)
-    frozen = weights(module.encoder.layers[0])
-    versions = [p._version for p in module.encoder.layers[0].parameters()]
+    module = HeadFirst()  # its optimiser holds the frozen ones, too
+    block = module.thing_from_paris["inner"].layers[0].requires_grad_(False)
+    frozen, versions = weights(block), [p._version for p in block.parameters()]
     FILTERED.fit(EMA(0.9), module=module, val_check_interval=2)
-    assert identical(weights(module.encoder.layers[0]), frozen)
-    assert [p._version for p in module.encoder.layers[0].parameters()] == versions
+    assert identical(weights(block), frozen)
+    assert [p._version for p in block.parameters()] == versions
 
     # A cache of what frozen layers compute, which watches versions, changes nothing.
     def run(*callbacks: Any) -> Any:
@@ -274,7 +273,7 @@ def test_what_never_trained_keeps_its_bits_and_its_version() -> None:
 def callbacks(folder: Path) -> list[Callback]:
     return [
         ExactResume("1 steps", dirpath=folder),
-        GradualUnfreezing("2 steps"),
+        GradualUnfreezing("2 steps", previous="freeze"),
         LayerReinit(1),
         DiscriminativeLR(0.7),
         EMA(0.8, start="1 steps"),

@@ -28,8 +28,8 @@ def test_mean_is_that_of_float64_and_accumulates_beyond_half_precision() -> None
     values = [torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(9)]
     expected = torch.stack(values).double().mean(0)
     torch.testing.assert_close(average([{"w": v} for v in values])["w"].double(), expected, rtol=1e-6, atol=1e-7)
-    # 257 members of bf16: a sum in bf16 would stop at 256.
-    assert average({"w": torch.ones(1, dtype=torch.bfloat16)} for _ in range(600))["w"].item() == 1
+    # A mean kept in bf16 would stop at 2.9, where a further member moves it by less than half a unit.
+    assert average({"w": torch.tensor([3.0 if i else 1.0]).bfloat16()} for i in range(1000))["w"].item() == 3
     doubles = [{"w": v.double() * torch.pi} for v in values]
     oracle = torch.stack([d["w"] for d in doubles]).mean(0)
     torch.testing.assert_close(average(doubles)["w"], oracle, rtol=1e-14, atol=1e-15)
