@@ -1,8 +1,12 @@
 """Callbacks for any Lightning project; none of them needs a module of ours."""
 
+from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
 from lightning_ft.callbacks.discriminative_lr import DiscriminativeLR
+from lightning_ft.callbacks.drift_report import DriftReport
+from lightning_ft.callbacks.ema import EMA
 from lightning_ft.callbacks.ewc import EWC
 from lightning_ft.callbacks.exact_resume import ExactResume
+from lightning_ft.callbacks.forgetting_monitor import ForgettingMonitor
 from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.frozen_prefix_cache import FrozenPrefixCache
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -13,10 +17,20 @@ from lightning_ft.callbacks.layer_timeline import LayerTimeline
 from lightning_ft.callbacks.lp_ft import LPFT
 from lightning_ft.callbacks.mixout import Mixout
 from lightning_ft.callbacks.rec_adam import RecAdam
+from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
 from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
+from lightning_ft.callbacks.wise_ft import WiSEFT
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
 __all__ = [
+    "WiSEFT",
+    "ForgettingMonitor",
+    "DriftReport",
+    "TemporalEnsembling",
+    "SnapshotEnsemble",
+    "EMA",
+    "CheckpointAverage",
     "EWC",
     "L2SP",
     "LPFT",

@@ -1,6 +1,7 @@
 """Methods as plain functions on names, tensors, parameters and models."""
 
 from lightning_ft.functional.answer_spans import best_spans
+from lightning_ft.functional.averaging import average, interpolate
 from lightning_ft.functional.calibration import calibrate, calibration_bias
 from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal, merge_ranks
 from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
@@ -19,10 +20,23 @@ from lightning_ft.functional.packing import keeps_documents_apart, move_padding
 from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.functional.reinit import reinit_layers
 from lightning_ft.functional.sequence_score import log_likelihood, pseudo_log_likelihood
+from lightning_ft.functional.share_body import share_body
+from lightning_ft.functional.snapshots import apply_delta, cyclic_cosine, delta, ensemble_probabilities, mean_answer
 from lightning_ft.functional.span_corruption import span_corruption
+from lightning_ft.functional.temporal_ensembling import PredictionAverages, ramp_up
 from lightning_ft.functional.verbaliser import label_scores
 
 __all__ = [
+    "share_body",
+    "PredictionAverages",
+    "ramp_up",
+    "apply_delta",
+    "cyclic_cosine",
+    "delta",
+    "ensemble_probabilities",
+    "mean_answer",
+    "average",
+    "interpolate",
     "FisherEstimate",
     "Likelihood",
     "best_spans",

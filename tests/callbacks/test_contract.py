@@ -10,28 +10,38 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
+from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import (
+    EMA,
     EWC,
     L2SP,
+    CheckpointAverage,
     DiscriminativeLR,
+    DriftReport,
     ExactResume,
+    ForgettingMonitor,
     Freeze,
     FrozenPrefixCache,
     GradualUnfreezing,
     LayerReinit,
     LayerRemoval,
     LayerTimeline,
+    SnapshotEnsemble,
+    TemporalEnsembling,
     TrainingModeCheck,
+    WiSEFT,
 )
-from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
-from lightning_ft.callbacks.ema import EMA
-from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
-from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
 from lightning_ft.core import Phase, Plateau
 from tests.fisher_file import fisher_file
-from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
+from tests.strangers import FILTERED, STRANGERS, Stranger, dataset, identical, outcome, weights
+
+
+class OldTask(LightningDataModule):
+    def val_dataloader(self) -> Any:
+        return DataLoader(dataset(), 7)
+
 
 CALLBACKS: dict[str, Callable[[], Callback]] = {
     "unfreezing-epochs": partial(GradualUnfreezing, "1 epoch"),
@@ -58,6 +68,9 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "checkpoint-average-last": partial(CheckpointAverage, 1, start="1 epoch"),
     "snapshot-ensemble": partial(SnapshotEnsemble, every="3 steps"),
     "temporal-ensembling": partial(TemporalEnsembling, 1.0, "1 epoch"),
+    "forgetting-monitor": lambda: ForgettingMonitor(OldTask(), every="2 steps"),
+    "drift-report": partial(DriftReport, "2 steps", head=True),
+    "wise-ft": partial(WiSEFT, [0.3, 0.6]),
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
@@ -75,6 +88,9 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "ema": partial(EMA, 0.9, start="99 steps"),
     "checkpoint-average": partial(CheckpointAverage, 1),
     "temporal-ensembling": partial(TemporalEnsembling, 0.0),
+    "forgetting-monitor": lambda: ForgettingMonitor(OldTask(), every="2 steps"),
+    "drift-report": partial(DriftReport, "2 steps"),
+    "wise-ft": partial(WiSEFT, 1.0),
 }
 
 each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ft.callbacks import ExactResume, Freeze, LayerReinit
 from lightning_ft.callbacks.forgetting_monitor import ForgettingMonitor
@@ -348,7 +349,9 @@ class TwoRanks(HeadFirst):
     def train_dataloader(self) -> Any:
         from tests.strangers import dataset
 
-        return DataLoader(dataset(), 4 // self.trainer.world_size)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        # Lightning's own would shuffle.
+        return DataLoader(dataset(), 4 // world, sampler=DistributedSampler(dataset(), world, rank, shuffle=False))
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
