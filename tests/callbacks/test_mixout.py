@@ -183,12 +183,12 @@ def test_checkpoints_and_state_dicts_are_those_of_a_run_without(stranger: Strang
         def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
             assert list(pl_module.state_dict()) == list(copy.deepcopy(pl_module).state_dict()) == keys
 
-    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    checkpoint = ModelCheckpoint(tmp_path)
     options = {"enable_checkpointing": True, "max_epochs": 1}
     if stranger.name == "legacy":
         import pytorch_lightning as legacy
 
-        checkpoint = legacy.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3)
+        checkpoint = legacy.callbacks.ModelCheckpoint(tmp_path)
     trainer = stranger.fit(Mixout(0.5), Look(), checkpoint, **options)
     saved = torch.load(checkpoint.best_model_path, weights_only=True)
     assert list(saved["state_dict"]) == keys
