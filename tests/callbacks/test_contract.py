@@ -23,6 +23,8 @@ from lightning_ft.callbacks import (
     LayerRemoval,
     TrainingModeCheck,
 )
+from lightning_ft.callbacks.mixout import Mixout
+from lightning_ft.callbacks.rec_adam import RecAdam
 from lightning_ft.core import Phase, Plateau
 from tests.strangers import FILTERED, STRANGERS, Stranger, identical, outcome, weights
 
@@ -41,6 +43,10 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "discriminative-lr": partial(DiscriminativeLR, 0.5),
     "l2-sp-coupled": partial(L2SP, 0.5, head_strength=0.1),
     "l2-sp-decoupled": partial(L2SP, 0.5, "decoupled", head_strength=0.1),
+    "rec-adam": partial(RecAdam, 5.0, t0=4, k=0.5),
+    "rec-adam-linear": partial(RecAdam, 5.0, t0="3 steps", curve="linear", legacy_order=True),
+    "mixout": partial(Mixout, 0.5, dropout=0.0),
+    "mixout-elements": partial(Mixout, 0.5, per="element", warmup="3 steps", legacy_gradient=True),
     "exact-resume": partial(ExactResume, "2 steps"),
     "training-mode-check": TrainingModeCheck,
 }
@@ -53,6 +59,7 @@ NEUTRAL: dict[str, Callable[[], Callback]] = {
     "discriminative-lr": partial(DiscriminativeLR, 1.0),
     "l2-sp-coupled": partial(L2SP, 0.0),
     "l2-sp-decoupled": partial(L2SP, 0.0, "decoupled"),
+    "mixout": partial(Mixout, 0.0),
     "training-mode-check": TrainingModeCheck,
 }
 
