@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing
 from lightning_ft.callbacks.exact_resume import _seed_generators
+from lightning_ft.callbacks.mixout import Mixout
+from lightning_ft.callbacks.rec_adam import RecAdam
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Stranger, dataset, identical, outcome
 
 # Six batches and three optimiser steps an epoch, thaws at the steps 2 (in mid-epoch), 4 and 6 (at a boundary),
@@ -45,6 +47,7 @@ def callbacks(stranger: Stranger, folder: Path) -> list[Callback]:
         GradualUnfreezing("2 steps"),
         DiscriminativeLR(0.7),
         L2SP(0.1, "decoupled" if stranger.name == "late" else "coupled", head_strength=0.01),
+        Mixout(0.5) if stranger.name in ("head-first", "late") else RecAdam(5.0, t0=4, k=0.5),
     ]
 
 
