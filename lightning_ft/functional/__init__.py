@@ -21,7 +21,7 @@ from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.functional.reinit import reinit_layers
 from lightning_ft.functional.sequence_score import log_likelihood, pseudo_log_likelihood
 from lightning_ft.functional.share_body import share_body
-from lightning_ft.functional.snapshots import apply_delta, cyclic_cosine, delta, ensemble_probabilities, mean_answer
+from lightning_ft.functional.snapshots import cyclic_cosine, ensemble_probabilities, mean_answer
 from lightning_ft.functional.span_corruption import span_corruption
 from lightning_ft.functional.temporal_ensembling import PredictionAverages, ramp_up
 from lightning_ft.functional.verbaliser import label_scores
@@ -30,9 +30,7 @@ __all__ = [
     "share_body",
     "PredictionAverages",
     "ramp_up",
-    "apply_delta",
     "cyclic_cosine",
-    "delta",
     "ensemble_probabilities",
     "mean_answer",
     "average",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -100,6 +101,9 @@ class MixedLayers:
             readers.setdefault(weight.reader, []).append((weight, weight.parameter, reference))
         self._readers = {r: [parameter for _, parameter, _ in weights] for r, weights in readers.items()}
         self._handles: list[RemovableHandle] = []
+        if "torch._dynamo" in sys.modules:
+            # What was compiled before runs on without hooks that come later: it guards against none.
+            torch.compiler.reset()
         for reader, weights in readers.items():
             layer = _Layer(self, weights)
             self._handles.append(reader.register_forward_pre_hook(layer.mix))
@@ -112,7 +116,7 @@ class MixedLayers:
             reference = reference.full_tensor()
         reference = reference.to(device=weight.device, dtype=weight.dtype, non_blocking=True)
         if like.maps > 1:
-            weight, reference = (tensor.unflatten(0, (like.maps, -1)) for tensor in (weight, reference))
+            weight, reference = (t.reshape(like.maps, -1, *t.shape[1:]) for t in (weight, reference))
         mixed = mixout(
             weight,
             reference,

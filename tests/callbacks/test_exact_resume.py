@@ -12,7 +12,16 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, ExactResume, FrozenPrefixCache, GradualUnfreezing
+from lightning_ft.callbacks import (
+    EWC,
+    L2SP,
+    DiscriminativeLR,
+    ExactResume,
+    FrozenPrefixCache,
+    GradualUnfreezing,
+    Mixout,
+    RecAdam,
+)
 from lightning_ft.callbacks.exact_resume import _seed_generators
 from tests.fisher_file import fisher_file
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Stranger, dataset, identical, outcome
@@ -47,6 +56,7 @@ def callbacks(stranger: Stranger, folder: Path) -> list[Callback]:
         DiscriminativeLR(0.7),
         L2SP(0.1, "decoupled" if stranger.name == "late" else "coupled", head_strength=0.01),
         EWC(0.1, fisher_file(), mode="coupled" if stranger.name == "late" else "decoupled"),
+        Mixout(0.5) if stranger.name in ("head-first", "late") else RecAdam(5.0, t0=4, k=0.5),
     ]
 
 
