@@ -47,11 +47,16 @@ lint: .venv
 # lightning and transformers.
 rivals: .venv-rivals/installed
 
-.venv-rivals/installed: $(VENV)/installed
+.venv-rivals/installed: $(VENV)/installed Makefile
 	test -x .venv-rivals/bin/python || $(BIN)/python -m venv .venv-rivals
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
 		> "$$(.venv-rivals/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
 	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check --no-deps finetuning-scheduler==2.14.1
+	# avalanche-lib, and what its import asks for beyond .venv. It calls no operator of torchvision; 0.15.2 can be imported
+	# without its compiled part, which fits one build of torch only (0.28 cannot, under the CPU build).
+	.venv-rivals/bin/python -m pip install --quiet --disable-pip-version-check --no-deps avalanche-lib==0.6.0 \
+		torchvision==0.15.2 pytorchcv==0.0.74 wandb==0.27.0 tensorboard==2.21.0 qpsolvers==4.13.0 gputil==1.4.0 \
+		gdown==6.5.1 beautifulsoup4==4.15.0 soupsieve==4.1.2
 	touch $@
 
 bench: .venv rivals
@@ -64,6 +69,7 @@ bench: .venv rivals
 	$(BIN)/python benchmarks/few_sample.py --runs build/few_sample
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/ddp_drift.py
+	$(BIN)/python benchmarks/anchors.py
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-rivals build dist *.egg-info

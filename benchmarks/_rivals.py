@@ -10,23 +10,24 @@ from pathlib import Path
 from typing import Any
 
 FTS = "finetuning-scheduler"
+AVALANCHE = "avalanche-lib"
 RIVALS = Path(__file__).parents[1] / ".venv-rivals" / "bin" / "python"
 MARK = "contestant: "
 
 
-def rival_option(parser: argparse.ArgumentParser) -> None:
-    """The rival's interpreter, which both scripts ask for."""
-    parser.add_argument("--rival", type=Path, default=RIVALS, metavar="PYTHON", help=f"Python that has {FTS}")
+def rival_option(parser: argparse.ArgumentParser, package: str = FTS) -> None:
+    """The rival's interpreter, which these scripts ask for."""
+    parser.add_argument("--rival", type=Path, default=RIVALS, metavar="PYTHON", help=f"Python that has {package}")
 
 
-def find_rival(python: Path) -> str | None:
+def find_rival(python: Path, package: str = FTS) -> str | None:
     """The rival's version, or None, and a word about it."""
-    question = f"from importlib.metadata import version; print(version({FTS!r}))"
+    question = f"from importlib.metadata import version; print(version({package!r}))"
     if python.is_file():
         answer = subprocess.run([str(python), "-c", question], capture_output=True, text=True, check=False)
         if answer.returncode == 0:
             return answer.stdout.strip()
-    print(f"{FTS} is left out: {python} does not have it. Run `make rivals`, or pass --rival PYTHON.", flush=True)
+    print(f"{package} is left out: {python} does not have it. Run `make rivals`, or pass --rival PYTHON.", flush=True)
     return None
 
 

@@ -5,9 +5,8 @@ in a loop written by hand: the same module object, batches of 32 x 64 random tok
 and our module add to it is timed apart, too: both loops on 2 x 8 tokens with hidden size 12, and the difference.
 
 Callbacks: each one's added pass alone, repeated inside a fit on all parameters of the model with their gradients, over
-that step time. Where the pass is a hook on the optimiser (L2SP decoupled, DiscriminativeLR), the optimiser steps
-nothing, so that only the hooks are timed. "by autograd" is L2-SP as it is usually written, α/2 Σ(θ - θ⁰)² added to the
-loss: its own forward and backward.
+that step time. Where the pass is a hook on the optimiser (DiscriminativeLR), the optimiser steps nothing, so that only
+the hooks are timed. What L2SP and EWC add is in anchors.py.
 
 Not timed: collating, evaluation, saving, logging; nor what DiscriminativeLR's further groups cost inside AdamW. No data
 is needed: the tokens are random, and the losses mean nothing.
@@ -19,10 +18,11 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _passes import Batch, Pass, inside_fit, random_batches, step_hooks
 from _timing import (
     Clock,
     Row,
@@ -35,23 +35,18 @@ from _timing import (
     publish,
     repeat,
     start,
-    trainer,
     without_arithmetic,
 )
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume
+from lightning_ft.callbacks import DiscriminativeLR, ExactResume
 from lightning_ft.demo import prepare_model
 from lightning_ft.functional.learning_rates import decay_groups, warmup_then
 from lightning_ft.modules import SequenceClassification
 
-Batch = dict[str, Tensor]
-Pass = Callable[[Trainer, SequenceClassification], object]
 OURS, BARE, UNFUSED = "Lightning + lightning_ft", "bare loop", "bare loop, AdamW not fused"
-STRENGTH = 0.01
 
 
 class Size(NamedTuple):
@@ -63,21 +58,6 @@ class Size(NamedTuple):
     steps: int = 20
     dropped: int = 5
     repeats: int = 200
-
-
-class _HooksOnly(torch.optim.Optimizer):
-    """Steps nothing: what its ``step()`` takes is taken by the hooks on it."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            closure()
-
-
-class _Untrained(SequenceClassification):
-    """Our module under an optimiser that steps nothing."""
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:  # type: ignore[override]
-        return _HooksOnly(decay_groups(self.parameters(), self.weight_decay), {"lr": self.learning_rate})
 
 
 def bare_loop(module: SequenceClassification, batches: Sequence[Batch], *, fused: bool) -> Clock:
@@ -105,39 +85,23 @@ def time_pass(folder: Path, callback: Callback, action: Pass, size: Size) -> lis
     """Median seconds of what a callback adds to a step, and again (A/A), after a step that left gradients."""
     seconds: list[float] = []
 
-    def probe(trainer: Trainer, module: SequenceClassification, *_: Any) -> None:
+    def probe(trainer: Trainer, module: SequenceClassification) -> None:
         seconds.extend(repeat(lambda: action(trainer, module), size.repeats) for _ in range(2))
 
-    module = _Untrained(folder, num_labels=2)
-    trainer(callback, LambdaCallback(on_train_batch_end=probe)).fit(module, loader(random_batches(size, 1)))
+    inside_fit(folder, callback, probe, random_batches(size.batch, size.length, 1)[0])
     return seconds
 
 
-def added_passes(folder: Path) -> dict[str, tuple[Callback, Pass, float | None]]:
+def added_passes() -> dict[str, tuple[Callback, Pass, float | None]]:
     """The callback, its pass, and the most that it may take of a step, in percent."""
-    coupled, decoupled = (L2SP(STRENGTH, mode, kernels_only=False) for mode in ("coupled", "decoupled"))
     resume = ExactResume(every="1000000 steps")
-    reference = [parameter.detach() for parameter in SequenceClassification(folder, num_labels=2).model.parameters()]
-
-    def step(trainer: Trainer, module: SequenceClassification) -> None:
-        trainer.optimizers[0].step()
-
-    def pull(trainer: Trainer, module: SequenceClassification) -> None:
-        coupled.on_before_optimizer_step(trainer, module, trainer.optimizers[0])
-
-    def autograd(trainer: Trainer, module: SequenceClassification) -> None:
-        pairs = zip(module.model.parameters(), reference, strict=True)
-        (STRENGTH / 2 * sum((theta - anchor).square().sum() for theta, anchor in pairs)).backward()
 
     def reseed(trainer: Trainer, module: SequenceClassification) -> None:
         resume.on_train_batch_start(trainer, module, None, 0)
 
     return {
-        "L2SP, coupled": (coupled, pull, 1.5),
-        "L2SP, decoupled": (decoupled, step, 1.5),
-        "L2-SP by autograd": (Callback(), autograd, None),
         "ExactResume, seeding a batch": (LambdaCallback(on_fit_start=resume.on_fit_start), reseed, None),
-        "DiscriminativeLR, splitting": (DiscriminativeLR(), step, None),
+        "DiscriminativeLR, splitting": (DiscriminativeLR(), step_hooks, None),
     }
 
 
@@ -152,7 +116,7 @@ def added_row(name: str, seconds: Sequence[float], step: float, target: float | 
 
 def time_loops(module: SequenceClassification, size: Size) -> Seconds:
     """Median seconds of a step in each segment."""
-    batches = random_batches(size, size.steps)
+    batches = random_batches(size.batch, size.length, size.steps)
     contestants: dict[str, Callable[[], Clock]] = {
         OURS: lambda: fit(module, loader(batches)),
         BARE: lambda: bare_loop(module, batches, fused=True),
@@ -161,20 +125,6 @@ def time_loops(module: SequenceClassification, size: Size) -> Seconds:
     return interleave(
         {name: lambda run=run: run().step(size.dropped) for name, run in contestants.items()}, size.rounds
     )
-
-
-def random_batches(size: Size, count: int) -> list[Batch]:
-    """Full rectangles of random tokens, the same in each call."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (size.batch, size.length)
-    return [
-        {
-            "input_ids": torch.randint(1000, 30000, shape, generator=generator),
-            "attention_mask": torch.ones(shape, dtype=torch.int64),
-            "labels": torch.randint(0, 2, (size.batch,), generator=generator),
-        }
-        for _ in range(count)
-    ]
 
 
 def main() -> None:
@@ -188,7 +138,7 @@ def main() -> None:
         step = median(seconds[OURS])
         halves = [median(own[OURS][i::2]) - median(own[BARE][i::2]) for i in (0, 1)]
         added = [added_row("Lightning + lightning_ft, bookkeeping", halves, step, 5.0)]
-        for name, (callback, action, target) in added_passes(folder).items():
+        for name, (callback, action, target) in added_passes().items():
             added.append(added_row(name, time_pass(folder, callback, action, size), step, target))
     publish(
         "overhead",
