@@ -192,7 +192,11 @@ def pretrained_and_new(
 
 def warn_without_head(owner: Callback, module: LightningModule, layers: Layers) -> None:
     """Say it aloud where no head is found: one that is new would be taken for pretrained."""
-    if layers.head is None and layers.groups is None and not pretrained_and_new(owner, module, layers)[1]:
+    if (
+        layers.head is None
+        and layers.groups is None
+        and not any(pretrained_and_new(owner, module, layers, training=False)[1])
+    ):
         rank_zero_warn(
             f"{type(owner).__name__} found no head in {type(module).__name__} and anchors every layer. If one of them "
             'is new, its random weights are no anchor: name it, layers=Layers(head="classifier"). If there is none (a '

@@ -112,8 +112,8 @@ class Mixout(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
-        warn_without_head(self, pl_module, self.layers)
         named = self._weights(pl_module)
+        warn_without_head(self, pl_module, self.layers)
         references = self._anchoring.take().like(named)
         by_parameter = {id(p): reference for (_, p), reference in zip(named, references, strict=True)}
         chosen = {
