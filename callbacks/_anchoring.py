@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -187,3 +188,17 @@ def pretrained_and_new(
             "nothing to anchor. Under LoRA the change is centred at zero already: use weight decay instead"
         )
     return pretrained, [(n, p) for group, n, p in wanted if group == "head" or p in fresh]
+
+
+def warn_without_head(owner: Callback, module: LightningModule, layers: Layers) -> None:
+    """Say it aloud where no head is found: one that is new would be taken for pretrained."""
+    if (
+        layers.head is None
+        and layers.groups is None
+        and not any(pretrained_and_new(owner, module, layers, training=False)[1])
+    ):
+        rank_zero_warn(
+            f"{type(owner).__name__} found no head in {type(module).__name__} and anchors every layer. If one of them "
+            'is new, its random weights are no anchor: name it, layers=Layers(head="classifier"). If there is none (a '
+            "tied LM head), layers=Layers(head=[])"
+        )

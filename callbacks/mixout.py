@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from typing_extensions import override
 
-from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new
+from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new, warn_without_head
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_progress
 from lightning_ft.core.anchor import Storage
 from lightning_ft.core.layers import Layers
@@ -113,6 +113,7 @@ class Mixout(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
         named = self._weights(pl_module)
+        warn_without_head(self, pl_module, self.layers)
         references = self._anchoring.take().like(named)
         by_parameter = {id(p): reference for (_, p), reference in zip(named, references, strict=True)}
         chosen = {

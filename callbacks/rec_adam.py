@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new
+from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new, warn_without_head
 from lightning_ft.callbacks._annealed_recall import AnnealedRecall, check_linear
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length
 from lightning_ft.core.anchor import Storage
@@ -114,6 +114,7 @@ class RecAdam(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
+        warn_without_head(self, pl_module, self.layers)
         self._named = self._recalled(pl_module)
         self._references = self._anchoring.take().like(self._named)
         for optimizer in trainer.optimizers:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_ft.callbacks import L2SP, ExactResume, FrozenPrefixCache, GradualUnfreezing, LayerReinit
 from lightning_ft.callbacks.mixout import Mixout
+from lightning_ft.core import Layers
 from tests.strangers import BATCHES, FILTERED, STILL, STRANGERS, WIDTH, Filtered, Stranger, identical, outcome, weights
 
 LATE = next(stranger for stranger in STRANGERS if stranger.name == "late")
@@ -331,6 +332,22 @@ def test_refuses_a_model_without_linear_layers_to_mix() -> None:
 def test_refuses_a_fraction_of_endless_training() -> None:
     with pytest.raises(ValueError, match="fraction of a training that has no end"):
         FILTERED.fit(Mixout(0.5, warmup=0.1), max_epochs=-1)
+
+
+def test_a_model_in_which_no_head_is_found_is_anchored_aloud() -> None:
+    class Bare(Filtered):
+        """Its first two outputs are the classes: there is no head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            del self.classifier
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.encoder(tokens)[:, 0, :2]
+
+    with pytest.warns(UserWarning, match=r"Mixout found no head in Bare .*head=\[\]"):
+        FILTERED.fit(Mixout(0.5), module=Bare(), max_epochs=1)
+    FILTERED.fit(Mixout(0.5, layers=Layers(head=[])), module=Bare(), max_epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_ft.callbacks import DiscriminativeLR, ExactResume, GradualUnfreezing, LayerReinit
 from lightning_ft.callbacks._annealed_recall import AnnealedRecall
 from lightning_ft.callbacks.rec_adam import RecAdam
-from lightning_ft.core import Phase
+from lightning_ft.core import Layers, Phase
 from lightning_ft.core.annealing import Annealing
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Filtered, Stranger, identical, outcome, weights
 
@@ -405,6 +405,22 @@ def test_refuses_a_share_of_a_training_whose_length_is_unknown() -> None:
 def test_warns_of_half_precision() -> None:
     with pytest.warns(UserWarning, match="RecAdam on weights of half precision"):
         run(recall(), module=Plain().bfloat16(), max_epochs=1)
+
+
+def test_a_model_in_which_no_head_is_found_is_anchored_aloud() -> None:
+    class Bare(Filtered):
+        """Its first two outputs are the classes: there is no head."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            del self.classifier
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.encoder(tokens)[:, 0, :2]
+
+    with pytest.warns(UserWarning, match=r"RecAdam found no head in Bare .*head=\[\]"):
+        FILTERED.fit(RecAdam(1.0), module=Bare(), max_epochs=1)
+    FILTERED.fit(RecAdam(1.0, layers=Layers(head=[])), module=Bare(), max_epochs=1)
 
 
 @pytest.mark.parametrize(

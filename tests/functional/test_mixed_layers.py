@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_ft.functional.mixed_layers import MixedLayers, linear_weights
 from tests.strangers import LENGTH, VOCABULARY, WIDTH, Encoder, pretrained
@@ -161,3 +162,23 @@ def test_output_layers_tied_to_an_embedding_are_left_out() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "inner": nn.Linear(4, 4), "output": nn.Linear(4, 5)})
     model["output"].weight = model["embedding"].weight
     assert [weight.reader for weight in linear_weights(model)] == [model["inner"]]
+
+
+@pytest.mark.parametrize("kind", ["linear", "transposed", "attention"])
+def test_an_input_unit_is_put_back_with_all_its_outgoing_weights(kind: str) -> None:
+    """Of a transposed weight those are a row; queries, keys and values have an input each."""
+    torch.manual_seed(0)
+    layer: Any = {
+        "linear": lambda: nn.Linear(64, 5),
+        "transposed": lambda: Conv1D(5, 64),
+        "attention": lambda: nn.MultiheadAttention(64, 2),
+    }[kind]()
+    weight = linear_weights(layer)[0]
+    mixing = MixedLayers({weight: torch.zeros_like(weight.parameter)}, 0.5)
+    kept = mixing.mixed(weight.parameter, torch.zeros_like(weight.parameter), weight) != 0
+    if kind != "linear":  # output units first
+        kept = kept.T if kind == "transposed" else kept.view(3, 64, 64).transpose(0, 1)
+    assert (kept == kept[:1]).all()
+    assert 0.3 < kept[0].float().mean() < 0.7
+    assert kind != "attention" or (kept[0, 0] != kept[0, 1]).any()
+    mixing.remove()
