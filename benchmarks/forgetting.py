@@ -45,10 +45,10 @@ DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "sha
 OLD, NEW = "trec6", "banking77"
 VARIANTS = ("exact", "sampled", "empirical")
 WISE = "WiSE-FT"
-COUPLED = (0.1, 1.0, 10.0, 100.0)
+COUPLED = (0.001, 0.01, 0.1, 1.0)
 GRID: dict[str, tuple[float, ...]] = {
     "plain": (0.0,),
-    "L2-SP": COUPLED,
+    "L2-SP": (0.0003, 0.001, 0.003, 0.01),
     **{f"EWC, {variant}": COUPLED for variant in VARIANTS},
     "Mixout": (0.3, 0.6, 0.9),
     WISE: (0.2, 0.4, 0.6, 0.8),
@@ -60,7 +60,7 @@ class Size(NamedTuple):
     """How much is run."""
 
     rows: int = 2000
-    epochs: int = 3
+    epochs: int = 4
     examples: int = 500
     evaluated: int = 500
     seeds: int = 3
@@ -283,7 +283,7 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, required=True, help="folder that keeps finished runs; empty it for new code"
     )
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--methods", nargs="+", default=list(GRID), choices=list(GRID), help="by default all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
