@@ -16,6 +16,7 @@ from lightning_ft.functional.learning_rates import (
 )
 from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.linear_probe import linear_probe
+from lightning_ft.functional.mixout import mixout
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
 from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.functional.reinit import reinit_layers
@@ -27,6 +28,7 @@ from lightning_ft.functional.temporal_ensembling import PredictionAverages, ramp
 from lightning_ft.functional.verbaliser import label_scores
 
 __all__ = [
+    "mixout",
     "share_body",
     "PredictionAverages",
     "ramp_up",
