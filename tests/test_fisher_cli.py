@@ -18,7 +18,7 @@ from lightning_ft.core.fisher import Fisher
 from lightning_ft.data import ClassificationData
 from lightning_ft.fisher_pass import fisher_of_task
 from lightning_ft.functional.fisher import fisher_diagonal
-from lightning_ft.modules import SequenceClassification
+from lightning_ft.modules import SequenceClassification, load_checkpoint
 from tests.functional.test_fisher import assert_same
 from tests.ranks import RANKS, run_ranks
 from tests.test_cli import lightning_ft, project
@@ -52,6 +52,7 @@ def test_the_command_writes_what_the_function_computes(project: Path, trained: P
     assert found.weights == pytest.approx(expected.weights)
     assert_same(found.tensors, expected.tensors, 1e-4)
     assert f"trace: {found.trace():.4g}" in output
+    assert [path.name for path in (project / "runs").iterdir()] == ["run_0"]
 
     # One more task, of drawn labels: refused before any work; of the same variant: added.
     again = (*command, "--previous", "f/fisher.safetensors", "--gamma", "0.5", "--limit", "10", "--split", "val")
@@ -62,8 +63,17 @@ def test_the_command_writes_what_the_function_computes(project: Path, trained: P
     assert (both.examples, both.gammas) == (85, (0.5,))
     assert both.trace() > 0.5 * found.trace()
     assert "earlier tasks times: 0.5" in output
+
+    # The next task's fit: it starts from the old task's model, and refuses to start from another one.
+    load_checkpoint(trained).save_pretrained(project / "old")
+    settings = {"strength": "0.1", "normalize": "true", "fisher": "f/fisher.safetensors", "storage": "disk"}
+    ewc = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+    fit = ("fit", "--config", "config.yaml", "--trainer.max_epochs", "1", "--trainer.callbacks+=EWC", *ewc)
+    assert "the Fisher information was computed at other weights" in lightning_ft(project, *fit, code=1)
+    output = lightning_ft(project, *fit, "--model.pretrained", "old")
+    assert "EWC: exact Fisher information of 75 examples" in output
+    assert "total contraction" in output
     assert sorted(path.name for path in (project / "f").iterdir()) == ["both.safetensors", "fisher.safetensors"]
-    assert sorted(path.name for path in (project / "runs").iterdir()) == ["run_0"]
 
 
 def parts(folder: Path, **options: Any) -> tuple[SequenceClassification, ClassificationData]:
