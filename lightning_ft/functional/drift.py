@@ -16,9 +16,9 @@ _PIECE = 1 << 16  # values handled at once on a CPU
 def distances(groups: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> Tensor:
     """‖θ − θ⁰‖ of each group, ``(groups,)``, in fp32 on the parameters' device; without host synchronisation.
 
-    Differences are taken in the parameters' precision (the wider one, where the reference has another), squares summed in
-    fp32, over all processes that share sharded parameters: call it on all of them. On an accelerator one fused pass a
-    group, whose differences are held beside the weights meanwhile; on a CPU piece by piece.
+    Differences are taken in the parameters' precision (the wider one, where the reference has another), squares summed
+    in fp32, over all processes that share sharded parameters: call it on all of them. On an accelerator one fused pass
+    a group, whose differences are held beside the weights meanwhile; on a CPU piece by piece.
 
     Args:
         groups: Of each group its parameters θ and their references θ⁰, in the same order; on any device.
@@ -44,6 +44,8 @@ def _squared(parameters: Sequence[Tensor], references: Sequence[Tensor]) -> Tens
 
 def _norm_by_pieces(theta: Tensor, origin: Tensor) -> Tensor:
     """‖θ − θ⁰‖ on a CPU: differences that stay in its cache cost a fifth of a temporary of the model's size."""
-    pairs = zip(theta.reshape(-1).split(_PIECE), origin.cpu().reshape(-1).split(_PIECE), strict=True)
+    pieces = [torch.split(tensor.reshape(-1), _PIECE) for tensor in (theta, origin.cpu())]
+    pairs = zip(*pieces, strict=True)
     norms = [torch.linalg.vector_norm(p - r, dtype=torch.float32) for p, r in pairs]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
