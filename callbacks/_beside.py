@@ -81,7 +81,8 @@ class BesideValidation:
             )
         with self._beside():
             self._loop.run()
-            found = {name: torch.as_tensor(value) for name, value in self.trainer.callback_metrics.items()}
+            device = self.trainer.strategy.root_device
+            found = {n: torch.as_tensor(value, device=device) for n, value in self.trainer.callback_metrics.items()}
             return {name: float(self.trainer.strategy.reduce(v, reduce_op="mean")) for name, v in sorted(found.items())}
 
     def mean(self, summed: Summed) -> float:
@@ -93,8 +94,8 @@ class BesideValidation:
         totals: list[Tensor] = []
 
         def validation_step(batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-            pair = [torch.as_tensor(part, device=self.module.device) for part in summed(self.module, batch)]
-            totals.append(torch.stack([part.detach().double().cpu() for part in pair]))
+            pair = [torch.as_tensor(part).detach() for part in summed(self.module, batch)]
+            totals.append(torch.stack([part.cpu().double() for part in pair]))
 
         def hook() -> None:
             pass

@@ -121,7 +121,7 @@ class DriftReport(Callback):
         self._groups = list(members)
         named = list(members.values())
         self._pairs = [([p for _, p in group], [references[n] for n, _ in group]) for group in named]
-        squares = {**self._squares, **{n: t.double().square().sum().cpu() for n, t in self._start.items()}}
+        squares = {**self._squares, **{n: t.cpu().double().square().sum() for n, t in self._start.items()}}
         each = [squares_over_processes([squares[n] for n, _ in g], like=[references[n] for n, _ in g]) for g in named]
         self._norms = torch.tensor(each, dtype=torch.float64).sqrt().float()
         kept = [i for i, step in enumerate(self._steps) if step <= trainer.global_step]

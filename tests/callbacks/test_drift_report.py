@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_no_matplotlib_is_told_before_the_training(monkeypatch: pytest.MonkeyPat
 
 def table(sharding: str | None) -> dict[str, Any]:
     drift = DriftReport("2 steps")
-    train(sharding, "steps", None, drift, max_epochs=1)
+    train(sharding, "steps", None, drift, max_epochs=1, default_root_dir=tempfile.mkdtemp())
     refused = ""
     if sharding == "fsdp2-whole":
         try:

@@ -123,7 +123,7 @@ def test_what_others_save_at_the_end_is_the_fine_tuned_run(first: bool, tmp_path
     keeper = ModelCheckpoint(tmp_path / "keeper", save_last=True, every_n_epochs=100)
     callbacks = [ExactResume("5 steps", dirpath=tmp_path / "exact"), heard, keeper]
     callbacks.insert(0 if first else 2, wise)
-    trainer = FILTERED.fit(*callbacks, enable_checkpointing=True)
+    trainer = FILTERED.fit(*callbacks, enable_checkpointing=True, default_root_dir=tmp_path)
     assert heard.validations == 3  # with that before the training
     fine_tuned = weights(plain.lightning_module)
     for folder in ("exact", "keeper"):
@@ -196,6 +196,13 @@ def test_bf16_weights_are_interpolated_in_fp32() -> None:
     theta = torch.zeros_like(start)
     interpolate_weights([theta], [start], [end], 0.0)
     assert torch.equal(theta, start)
+
+
+def test_a_start_of_more_precision_is_not_rounded_first() -> None:
+    start, end = torch.tensor([1 + 2**-9]), torch.tensor([1.0]).bfloat16()
+    theta = torch.zeros(1)
+    interpolate_weights([theta], [start], [end], 0.5)
+    assert theta.item() == 1 + 2**-10
 
 
 def test_infinite_weights_do_not_spoil_the_other_end() -> None:
