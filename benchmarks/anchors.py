@@ -91,7 +91,7 @@ class _Penalised(SequenceClassification):
 def penalty(module: SequenceClassification, anchor: Sequence[Tensor]) -> Tensor:
     """α/2 Σ(θ - θ⁰)², with its graph."""
     pairs = zip(module.model.parameters(), anchor, strict=True)
-    total: Tensor = STRENGTH / 2 * sum((theta - origin).square().sum() for theta, origin in pairs)  # type: ignore[assignment]
+    total: Tensor = STRENGTH / 2 * sum((theta - origin).square().sum() for theta, origin in pairs)
     return total
 
 
@@ -99,10 +99,10 @@ def callbacks(fisher: Path) -> dict[str, tuple[Callback, str]]:
     """Each of ours, with its mode."""
     made: dict[str, tuple[Callback, str]] = {}
     for mode in ("coupled", "decoupled"):
-        made[f"L2SP, {mode}, matrices"] = (L2SP(STRENGTH, mode), mode)  # type: ignore[arg-type]
-        made[f"L2SP, {mode}, all"] = (L2SP(STRENGTH, mode, kernels_only=False), mode)  # type: ignore[arg-type]
-        made[f"EWC, {mode}"] = (EWC(STRENGTH, fisher, mode=mode), mode)  # type: ignore[arg-type]
-        made[f"EWC, {mode}, in bf16"] = (EWC(STRENGTH, fisher, mode=mode, storage="bf16"), mode)  # type: ignore[arg-type]
+        made[f"L2SP, {mode}, matrices"] = (L2SP(STRENGTH, mode), mode)
+        made[f"L2SP, {mode}, all"] = (L2SP(STRENGTH, mode, kernels_only=False), mode)
+        made[f"EWC, {mode}"] = (EWC(STRENGTH, fisher, mode=mode), mode)
+        made[f"EWC, {mode}, in bf16"] = (EWC(STRENGTH, fisher, mode=mode, storage="bf16"), mode)
     return made
 
 
