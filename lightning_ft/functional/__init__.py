@@ -3,6 +3,9 @@
 from lightning_ft.functional.answer_spans import best_spans
 from lightning_ft.functional.averaging import average, interpolate
 from lightning_ft.functional.calibration import calibrate, calibration_bias
+from lightning_ft.functional.delta import decode_delta, encode_delta
+from lightning_ft.functional.delta_checkpoint import restore_delta, save_base
+from lightning_ft.functional.drift import distances
 from lightning_ft.functional.fisher import FisherEstimate, fisher_diagonal, merge_ranks
 from lightning_ft.functional.gradual_unfreezing import explicit_stages, unfreezing_phases
 from lightning_ft.functional.label_scoring import label_log_likelihoods, label_token_ids
@@ -18,6 +21,8 @@ from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.linear_probe import linear_probe
 from lightning_ft.functional.mixout import mixout
 from lightning_ft.functional.packing import keeps_documents_apart, move_padding
+from lightning_ft.functional.plot_drift import plot_drift
+from lightning_ft.functional.plot_interpolation import plot_interpolation
 from lightning_ft.functional.plot_timeline import plot_timeline
 from lightning_ft.functional.reinit import reinit_layers
 from lightning_ft.functional.sequence_score import log_likelihood, pseudo_log_likelihood
@@ -26,8 +31,17 @@ from lightning_ft.functional.snapshots import cyclic_cosine, ensemble_probabilit
 from lightning_ft.functional.span_corruption import span_corruption
 from lightning_ft.functional.temporal_ensembling import PredictionAverages, ramp_up
 from lightning_ft.functional.verbaliser import label_scores
+from lightning_ft.functional.wise_ft import interpolate_weights
 
 __all__ = [
+    "restore_delta",
+    "save_base",
+    "decode_delta",
+    "encode_delta",
+    "plot_interpolation",
+    "interpolate_weights",
+    "plot_drift",
+    "distances",
     "mixout",
     "share_body",
     "PredictionAverages",
