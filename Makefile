@@ -1,6 +1,8 @@
 # Every target makes .venv first; nothing needs to be installed by hand.
 VENV ?= .venv
 PYTHON ?= python3
+# Processes for the tests, each of one thread; a file's tests stay together.
+JOBS ?= 2
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -20,7 +22,7 @@ demo: .venv
 	$(BIN)/lightning-ft demo
 
 test: .venv
-	$(BIN)/python -m pytest -m "not slow and not gpu and not kill"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not kill"
 
 test-kill: .venv
 	$(BIN)/python -m pytest -m kill

@@ -155,6 +155,8 @@ def pretrained_and_new(
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
     """The parameters that a pretrained value means something for, and those of heads and layers drawn anew.
 
+    The adapters of peft are neither.
+
     Args:
         owner: The callback, for messages.
         module: The module.
@@ -172,12 +174,13 @@ def pretrained_and_new(
             "configure_model"
         )
     groups = layers.of(module)
-    # Quantised weights are integers, which nothing can pull: their adapters train.
+    adapters = _adapters(module)
+    # Quantised weights are integers, which nothing can pull.
     wanted = [
         (group, parameter_name, parameter)
         for group in groups
         for parameter_name, parameter in groups.named_parameters(group)
-        if parameter.is_floating_point() and (parameter.requires_grad or not training)
+        if parameter.is_floating_point() and (parameter.requires_grad or not training) and parameter not in adapters
     ]
     # Layers drawn anew (LayerReinit) have lost the values that they could be pulled to.
     fresh = fresh_parameters(module)
@@ -188,6 +191,17 @@ def pretrained_and_new(
             "nothing to anchor. Under LoRA the change is centred at zero already: use weight decay instead"
         )
     return pretrained, [(n, p) for group, n, p in wanted if group == "head" or p in fresh]
+
+
+def _adapters(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters that peft has put beside pretrained ones: they start at values that mean nothing."""
+    adapters: set[nn.Parameter] = set()
+    for child in module.modules():
+        # By name: peft need not be imported. `base_layer` is the pretrained layer that it stands for.
+        if any(kind.__name__ == "BaseTunerLayer" for kind in type(child).__mro__):
+            base = getattr(child, "base_layer", None)
+            adapters |= set(child.parameters()) - set(base.parameters() if isinstance(base, nn.Module) else ())
+    return adapters
 
 
 def warn_without_head(owner: Callback, module: LightningModule, layers: Layers) -> None:

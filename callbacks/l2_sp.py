@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ft.callbacks._anchoring import Anchoring, pretrained_and_new
+from lightning_ft.callbacks._anchoring import Anchoring, pretrained_and_new, warn_without_head
 from lightning_ft.callbacks._quadratic_pull import Mode, QuadraticPull, Term
 from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.core.anchor import Storage
@@ -117,12 +117,7 @@ class L2SP(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
         body, head = self._split(pl_module)
-        if not head and self.layers.head is None and self.layers.groups is None:
-            rank_zero_warn(
-                f"L2SP found no head in {type(pl_module).__name__} and anchors every layer. If one of them is new, its "
-                'random weights are no anchor: name it, layers=Layers(head="classifier"). If there is none (a tied LM '
-                "head), layers=Layers(head=[])"
-            )
+        warn_without_head(self, pl_module, self.layers)
         references = self._anchoring.take().like(body)
         pull = Term([p for _, p in body], self.strength, references, per_step=self.per_step)
         self._pull.start(trainer, [pull, Term(head, self.head_strength)])

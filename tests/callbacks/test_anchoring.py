@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -157,3 +158,43 @@ def test_total_contraction_is_the_product_over_the_steps_and_survives_a_resume(m
     assert resumed.report == straight.report
     STILL.fit(resumed, max_epochs=1)  # a fit of its own begins anew
     assert resumed.report.facts["optimiser steps"] == 6
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+
+class Adapted(FromFolder):
+    """LoRA on a backbone; ``norms`` train beside it."""
+
+    def __init__(self, folder: Path, *, norms: bool) -> None:
+        super().__init__(folder)
+        self.backbone = peft.get_peft_model(self.backbone, peft.LoraConfig(r=2, init_lora_weights=False))
+        for name, parameter in self.backbone.named_parameters():
+            if norms and "LayerNorm" in name:
+                parameter.requires_grad_(True)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16, "num_hidden_layers": 2}
+    hf.BertModel(hf.BertConfig(vocab_size=20, max_position_embeddings=16, **sizes)).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_under_lora_there_is_nothing_to_anchor(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"no pretrained parameter that trains.* Under LoRA the change is centred"):
+        FILTERED.fit(L2SP(0.1), module=Adapted(saved, norms=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft
+def test_beside_lora_only_what_is_pretrained_is_anchored(saved: Path) -> None:
+    seen: list[str] = []
+
+    class Look(L2SP):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            seen.extend(self._anchoring.take().tensors)
+
+    FILTERED.fit(Look(0.1, kernels_only=False, head_strength=0.1), module=Adapted(saved, norms=True), max_epochs=1)
+    assert len(seen) == 2 * (1 + 2 * 2)
+    assert all("LayerNorm" in name for name in seen)
