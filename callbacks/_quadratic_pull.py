@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_ft.core.penalty import QuadraticPenalty
+from lightning_ft.core.penalty import QuadraticPenalty, weighted_rows
 from lightning_ft.core.report import Report
+from lightning_ft.core.sharding import local
 
 Mode = Literal["coupled", "decoupled"]
 
 
 class Term:
-    """A penalty over parameters, of which each optimiser pulls those that it holds.
+    """A penalty over parameters.
 
     Args:
         parameters: θ.
@@ -40,27 +41,18 @@ class Term:
         per_step: bool = False,
     ) -> None:
         self.parameters = list(parameters)
-        self.penalty = QuadraticPenalty(strength, reference, weights)
         self.per_step = per_step
-        self.largest = 1.0 if weights is None else max((float(w.max()) for w in weights if w.numel()), default=0.0)
-        self.mean = 1.0
-        if weights is not None and (values := sum(w.numel() for w in weights)):
-            self.mean = math.fsum(float(w.sum(dtype=torch.float64)) for w in weights) / values
         self.sizes = [parameter.numel() for parameter in parameters]
+        self.largest, self.mean, rows = 1.0, 1.0, None
+        if weights is not None:
+            # Of sharded weights, over all processes.
+            self.largest = max((float(w.max()) for w in weights if w.numel()), default=0.0)
+            self.mean = math.fsum(float(w.sum(dtype=torch.float64)) for w in weights) / max(1, sum(self.sizes))
+            parts = [local(weight) for weight in weights]
+            rows = [weighted_rows(part) for part in parts]
+            weights = [part if r is None else part[r] for part, r in zip(parts, rows, strict=True)]
+        self.penalty = QuadraticPenalty(strength, reference, weights, rows)
         self._index = {id(parameter): i for i, parameter in enumerate(parameters)}
-
-    def held_by(self, optimizer: Optimizer) -> Term:
-        """The part of it that an optimiser moves."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        chosen = [i for i, p in enumerate(self.parameters) if id(p) in held]
-        reference, weights = self.penalty.reference, self.penalty.weights
-        return Term(
-            [self.parameters[i] for i in chosen],
-            self.penalty.strength,
-            None if reference is None else [reference[i] for i in chosen],
-            None if weights is None else [weights[i] for i in chosen],
-            per_step=self.per_step,
-        )
 
     def members(self, parameters: Sequence[nn.Parameter]) -> list[int]:
         """Which of its parameters are among these."""
@@ -82,11 +74,11 @@ class QuadraticPull:
         self.mode = mode
         self._steps = 0
         self._contraction: Any = 0.0  # a tensor where learning rates are: no copy to the host
-        self._terms: list[tuple[Optimizer, Term]] = []
+        self._terms: list[Term] = []
         self._handles: list[RemovableHandle] = []
 
     def start(self, trainer: Trainer, terms: Sequence[Term]) -> None:
-        """Divide the terms among the optimisers and hook onto their steps. In ``on_fit_start``."""
+        """Hook onto the optimisers' steps. In ``on_fit_start``."""
         self.release()
         parameters = [p for term in terms for p in term.parameters]
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters):
@@ -94,10 +86,9 @@ class QuadraticPull:
                 f"{self.owner} on weights of half precision: a pull smaller than half a unit in their last place (1e-4 "
                 'at 0.05 in bf16) is lost. Use Trainer(precision="bf16-mixed"), which keeps fp32 weights'
             )
+        self._terms = [term for term in terms if term.parameters]
         for optimizer in trainer.optimizers:
-            parts = [part for term in terms if (part := term.held_by(optimizer)).parameters]
-            self._terms += [(optimizer, part) for part in parts]
-            if parts and hasattr(optimizer, "register_step_post_hook"):
+            if hasattr(optimizer, "register_step_post_hook"):
                 self._handles.append(optimizer.register_step_post_hook(self._stepped))
 
     def before_step(self, trainer: Trainer, module: LightningModule, optimizer: Optimizer, name: str) -> None:
@@ -105,13 +96,13 @@ class QuadraticPull:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._terms and trainer.loggers and (trainer.global_step + 1) % every == 0:
             with torch.no_grad():
-                values = [term.penalty.value(term.parameters) for _, term in self._terms]
+                values = [term.penalty.value(term.parameters) for term in self._terms]
             module.log(name, torch.stack(values).sum())
         if self.mode == "coupled":
             scale = pending_scale(trainer, optimizer)
-            for holder, term in self._terms:
-                if holder is getattr(optimizer, "optimizer", optimizer):
-                    term.penalty.add_grad_(term.parameters, scale=scale)
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            for term in self._terms:
+                term.penalty.add_grad_(term.parameters, scale=scale, members=term.members(held))
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimisers under an fp16 scaler run a step that overflowed, too, and skip it inside, by this flag.
@@ -119,8 +110,8 @@ class QuadraticPull:
         counts, logs = 0, 0.0
         for group in optimizer.param_groups:
             rate = group["lr"] if overflow is None else group["lr"] * (1 - overflow)
-            for holder, term in self._terms:
-                if holder is optimizer and (members := term.members(group["params"])):
+            for term in self._terms:
+                if members := term.members(group["params"]):
                     pull = self._pull(term, members, _relative(rate, group) if term.per_step else rate)
                     if term.penalty.reference is not None:
                         count = sum(term.sizes[i] for i in members)

@@ -27,9 +27,11 @@ class QuadraticPenalty:
         strength: α ≥ 0.
         reference: θ⁰, one tensor a parameter, in the order in which parameters will be passed; None for zero.
         weights: f ≥ 0, in the shapes of the reference: for EWC, the Fisher information. None for 1.
+        rows: For each parameter None, or which of its rows (of this process's part) weigh anything: its ``weights``
+            are those rows alone then, and no other row is touched. See :func:`weighted_rows`.
 
     Raises:
-        ValueError: ``strength`` is negative; weights without a reference.
+        ValueError: ``strength`` is negative; weights without a reference, or rows without weights.
 
     Example:
         >>> theta = torch.tensor([1.0], requires_grad=True)
@@ -44,15 +46,22 @@ class QuadraticPenalty:
     """
 
     def __init__(
-        self, strength: float, reference: Sequence[Tensor] | None = None, weights: Sequence[Tensor] | None = None
+        self,
+        strength: float,
+        reference: Sequence[Tensor] | None = None,
+        weights: Sequence[Tensor] | None = None,
+        rows: Sequence[Tensor | None] | None = None,
     ) -> None:
         if not strength >= 0:
             raise ValueError(f"strength={strength!r} must be 0 or more")
         if weights is not None and reference is None:
             raise ValueError("weights need a reference: pass zeros where θ⁰ is 0")
+        if rows is not None and weights is None:
+            raise ValueError("rows need weights: they say which rows these are of")
         self.strength = strength
         self.reference = None if reference is None else list(reference)
         self.weights = None if weights is None else list(weights)
+        self.rows = [None] * len(self.reference or ()) if rows is None else list(rows)
 
     def value(self, parameters: Sequence[Tensor]) -> Tensor:
         """Ω, a scalar on the parameters' device; differentiable, and free of host synchronisation."""
@@ -62,21 +71,30 @@ class QuadraticPenalty:
         if self.reference is None:
             differences = theta
         else:
-            differences = list(torch._foreach_sub(theta, _beside(theta, self.reference)))
+            references = _beside(theta, self.reference)
+            theta, references = (
+                [t if r is None else t[r.to(t.device)] for t, r in zip(tensors, self.rows, strict=True)]
+                for tensors in (theta, references)
+            )
+            differences = list(torch._foreach_sub(theta, references))
             if self.weights is not None:
                 roots = [w.to(p.dtype).sqrt() for p, w in zip(theta, _beside(theta, self.weights), strict=True)]
                 differences = list(torch._foreach_mul(differences, roots))
         return 0.5 * self.strength * sum_of_squares(differences, like=parameters)
 
     @torch.no_grad()
-    def add_grad_(self, parameters: Sequence[Tensor], *, scale: Tensor | None = None) -> None:
+    def add_grad_(
+        self, parameters: Sequence[Tensor], *, scale: Tensor | None = None, members: Sequence[int] | None = None
+    ) -> None:
         """Add αf(θ − θ⁰) to ``.grad``. Parameters without a gradient take no part, as in the optimiser.
 
         Args:
             parameters: θ, in the order of the reference.
             scale: The loss scale, where the gradients are still scaled (a 0-d tensor: no host copy).
+            members: Indices of the parameters that take part, where another optimiser has the others.
         """
-        live = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        chosen = range(len(parameters)) if members is None else members
+        live = [i for i in chosen if parameters[i].grad is not None]
         if not live or self.strength == 0:
             return
         theta = [local(parameters[i].detach()) for i in live]
@@ -121,20 +139,57 @@ class QuadraticPenalty:
     ) -> None:
         assert self.reference is not None
         references = [local(self.reference[i]) for i in live]
-        weights = None if self.weights is None else [local(self.weights[i]) for i in live]
-        far = any(t.device != p.device for p, t in zip(theta, references, strict=True))
-        if theta[0].device.type == "cpu" or far:
-            # The second copy in main memory, for one parameter at a time on the device.
-            each = [None] * len(theta) if weights is None else weights
-            for tensors in zip(targets, theta, references, each, strict=True):
-                _add_by_pieces_(*tensors, strength, scale)
+        weights = [None if self.weights is None else local(self.weights[i]) for i in live]
+        fused: list[int] = []
+        for j, (i, tensors) in enumerate(zip(live, zip(targets, theta, references, weights, strict=True), strict=True)):
+            target, parameter, reference, weight = tensors
+            if (rows := self.rows[i]) is not None:
+                assert weight is not None
+                _add_to_rows_(target, parameter, reference, weight, rows, strength, scale)
+            elif parameter.device.type == "cpu" or reference.device != parameter.device:
+                # A second copy in main memory is brought over for one piece at a time.
+                _add_by_pieces_(target, parameter, reference, weight, strength, scale)
+            else:
+                fused.append(j)
+        if not fused:
             return
-        differences = torch._foreach_sub(theta, references)
-        if weights is not None:
-            torch._foreach_mul_(differences, _beside(theta, weights))
+        differences = torch._foreach_sub([theta[j] for j in fused], [references[j] for j in fused])
+        if self.weights is not None:
+            torch._foreach_mul_(differences, [w for j in fused if (w := weights[j]) is not None])
         if scale is not None:
             torch._foreach_mul_(differences, scale)
-        torch._foreach_add_(targets, differences, alpha=strength)
+        torch._foreach_add_([targets[j] for j in fused], differences, alpha=strength)
+
+
+def weighted_rows(weight: Tensor) -> Tensor | None:
+    """The rows with a value above zero, or None if they are most of them.
+
+    The Fisher information of an embedding is zero for each token that the data did not have: a pass over the whole
+    table would spend most of its time on them.
+
+    Args:
+        weight: This process's part of f, of any shape.
+    """
+    if weight.ndim < 2 or not len(weight):
+        return None
+    rows = weight.flatten(1).any(1).nonzero().flatten()
+    return rows if len(rows) <= len(weight) // 2 else None
+
+
+def _add_to_rows_(
+    target: Tensor,
+    parameter: Tensor,
+    reference: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    strength: float,
+    scale: Tensor | None,
+) -> None:
+    origin = reference[rows.to(reference.device)].to(parameter.device)
+    rows = rows.to(parameter.device)
+    difference = parameter[rows].sub_(origin)
+    difference.mul_(weight.to(parameter.device))
+    target.index_add_(0, rows, difference if scale is None else difference.mul_(scale), alpha=strength)
 
 
 def _beside(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.core import penalty
-from lightning_ft.core.penalty import QuadraticPenalty
+from lightning_ft.core.penalty import QuadraticPenalty, weighted_rows
 
 ALPHA = 0.3
 
@@ -173,3 +173,52 @@ def test_refuses_a_negative_strength(strength: float) -> None:
 def test_refuses_weights_without_a_reference() -> None:
     with pytest.raises(ValueError, match="weights need a reference"):
         QuadraticPenalty(1.0, None, [torch.ones(1)])
+
+
+def test_refuses_rows_without_weights() -> None:
+    with pytest.raises(ValueError, match="rows need weights"):
+        QuadraticPenalty(1.0, [torch.ones(1)], None, [torch.zeros(1, dtype=torch.int64)])
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_rows_that_weigh_nothing_are_left_out_and_nothing_changes(scale: float | None, rate: Any) -> None:
+    theta = [nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(9, 4)), nn.Parameter(torch.randn(9))]
+    reference = [torch.randn_like(p) for p in theta]
+    weights = [torch.rand_like(p) for p in theta]
+    weights[0][[0, 2, 3, 5, 6, 7]] = 0
+    rows = [weighted_rows(weight) for weight in weights]
+    assert rows[1] is rows[2] is None
+    assert rows[0] is not None
+    assert rows[0].tolist() == [1, 4, 8]
+    some = QuadraticPenalty(ALPHA, reference, [weights[0][rows[0]], *weights[1:]], rows)
+    whole = QuadraticPenalty(ALPHA, reference, weights)
+    torch.testing.assert_close(some.value(theta), whole.value(theta))
+    results = []
+    for penalty_ in (some, whole):
+        copies = [nn.Parameter(p.detach().clone()) for p in theta]
+        for p in copies:
+            p.grad = torch.ones_like(p)
+        penalty_.add_grad_(copies, scale=None if scale is None else torch.tensor(scale))
+        penalty_.pull_(copies, learning_rate=rate)
+        results.append([tensor for p in copies for tensor in (p.grad, p.detach())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_most_rows_weigh_something() -> None:
+    weight = torch.zeros(4, 2)
+    weight[:3, 0] = 1
+    assert weighted_rows(weight) is None
+    assert weighted_rows(torch.zeros(4)) is None
+    rows = weighted_rows(torch.zeros(4, 2))
+    assert rows is not None
+    assert not len(rows)
+
+
+def test_members_alone_get_a_gradient() -> None:
+    theta = [nn.Parameter(torch.ones(1)) for _ in range(3)]
+    for p in theta:
+        p.grad = torch.zeros(1)
+    QuadraticPenalty(1.0, [torch.zeros(1)] * 3).add_grad_(theta, members=[2, 0])
+    assert [p.grad.item() for p in theta if p.grad is not None] == [1.0, 0.0, 1.0]
