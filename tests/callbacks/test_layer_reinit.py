@@ -196,8 +196,14 @@ class Bias(Filtered):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_l2_sp_counts_the_new_layers_as_head(order: int) -> None:
-    seen, penalty = Start(), L2SP(0.5, head_strength=0.1)
-    callbacks = [LayerReinit(1), penalty][::order]
+    anchored: list[str] = []
+
+    class Penalty(L2SP):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            anchored.extend(self._anchoring.take().tensors)
+
+    seen = Start()
+    callbacks = [LayerReinit(1), Penalty(0.5, head_strength=0.1)][::order]
     trainer = FILTERED.fit(*callbacks, seen, module=Bias(), max_epochs=1, limit_train_batches=1)
     after = weights(trainer.lightning_module)
     shrunk = {name for name in after if torch.allclose(after[name], seen.weights[name] * (1 - 0.1 * 0.1), atol=1e-7)}
@@ -205,7 +211,7 @@ def test_l2_sp_counts_the_new_layers_as_head(order: int) -> None:
     assert {name for name in new if after[name].ndim > 1} <= shrunk
     rest = [name for name in after if name not in new]
     assert all(torch.equal(after[name], seen.weights[name]) for name in rest)
-    assert set(penalty._anchor.tensors) == {name for name in rest if after[name].ndim > 1}
+    assert set(anchored) == {name for name in rest if after[name].ndim > 1}
 
 
 def test_weight_averaging_starts_from_the_new_layers() -> None:
