@@ -3,7 +3,9 @@
 Added to a step: what the callbacks do in each step, Python included, repeated inside fits whose optimiser steps nothing
 (the decoupled pulls are hooks on it), over a training step of the same model on 32 x 64 tokens under Lightning. All
 fits are open at once, each with a model of its own moved a little off its anchor, and everything takes turns. "by
-autograd" is the usual way, α/2 Σ(θ - θ⁰)² added to the loss: its own forward and backward. F of EWC is random.
+autograd" is the usual way, α/2 Σ(θ - θ⁰)² added to the loss: its own forward and backward. EWC has the Fisher
+information of SST-2 rows, in which most words of the vocabulary do not occur and weigh nothing; "every row weighs" has
+random numbers instead.
 
 Step time: whole training steps with and without.
 
@@ -44,7 +46,6 @@ from transformers import AutoConfig, AutoModel
 
 from lightning_ft.callbacks import EWC, L2SP
 from lightning_ft.core.fisher import Fisher, Variant
-from lightning_ft.core.sharding import named_plain_parameters
 from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.functional.fisher import as_measured, fisher_diagonal
@@ -103,14 +104,23 @@ def callbacks(fisher: Path) -> dict[str, tuple[Callback, str]]:
         made[f"L2SP, {mode}, all"] = (L2SP(STRENGTH, mode, kernels_only=False), mode)
         made[f"EWC, {mode}"] = (EWC(STRENGTH, fisher, mode=mode), mode)
         made[f"EWC, {mode}, in bf16"] = (EWC(STRENGTH, fisher, mode=mode, storage="bf16"), mode)
+        made[f"EWC, {mode}, every row weighs"] = (EWC(STRENGTH, dense(fisher), mode=mode), mode)
     return made
 
 
-def random_fisher(folder: Path, file: Path) -> None:
-    """F of any size for every parameter, for any weights."""
+def dense(fisher: Path) -> Path:
+    """Where the random one is."""
+    return fisher.with_name("dense.safetensors")
+
+
+def write_fishers(folder: Path, data: Path, file: Path, size: Size) -> None:
+    """F of SST-2 rows, and random numbers in its place."""
+    module = SequenceClassification(folder, num_labels=2)
+    found = fisher_diagonal(module, sst2(folder, data, size), "sampled", limit=size.fisher_rows)
+    found.save(file)
     generator = torch.Generator().manual_seed(0)
-    parameters = named_plain_parameters(SequenceClassification(folder, num_labels=2))
-    Fisher({name: torch.rand(p.shape, generator=generator) for name, p in parameters}, 1, "exact").save(file)
+    random = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in found.tensors.items()}
+    Fisher(random, 1, "exact").save(dense(file))
 
 
 def added(folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Seconds]:
@@ -428,7 +438,7 @@ def main() -> None:
         prepare_model(folder)
         if options.quick:
             narrow(folder)
-        random_fisher(folder, fisher)
+        write_fishers(folder, options.data, fisher, size)
         # Memory first: nothing else is in the way.
         if "memory" in options.parts:
             tables["Memory"], seconds["memory"] = memory_table(options, folder, fisher, size)

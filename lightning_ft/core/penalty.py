@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ft.core.sharding import local, sum_of_squares
 
-_PIECE = 1 << 16  # values handled at once on a CPU: 256 KB, which stay in its second cache
+_PIECE = 1 << 17  # values handled at once on a CPU: 512 KB, which stay in its caches and come from no fresh pages
 
 
 class QuadraticPenalty:
