@@ -207,7 +207,13 @@ def _add_by_pieces_(
     pieces = [_pieces(tensor) for tensor in (target, parameter, reference)]
     factors = [None] * len(pieces[0]) if weight is None else _pieces(weight)
     for goal, theta, origin, factor in zip(*pieces, factors, strict=True):
-        difference = torch.sub(theta, origin.to(theta.device, non_blocking=True))
+        origin = origin.to(theta.device, non_blocking=True)
+        if target is parameter and factor is not None and origin.dtype == factor.dtype == theta.dtype:
+            # A pull: interpolation reads θ once less.
+            share = factor.to(theta.device, non_blocking=True) * -strength
+            goal.lerp_(origin, share if scale is None else share.mul_(scale))
+            continue
+        difference = torch.sub(theta, origin)
         if scale is not None:
             difference.mul_(scale)
         if factor is None:
