@@ -396,13 +396,15 @@ def narrow(folder: Path) -> None:
 def setting(options: Namespace, size: Size, version: str | None) -> str:
     """The line below the tables."""
     model = "A tiny model" if options.quick else "all-MiniLM-L6-v2"
-    return (
-        f"{model}, batches of {size.batch} x {size.length} random tokens, AdamW, no clipping, seed 0. "
-        f"Added: medians of {2 * size.rounds} x {size.repeats}; a step: {2 * size.rounds} segments of {size.steps}, "
-        f"the first {size.dropped} dropped. Fisher: {size.fisher_rows} examples, {2 * size.fisher_rounds} times. "
-        f"Two tasks: {options.rows} rows of TREC-6, then of Banking77, {options.epochs} epochs each, {options.seeds} "
-        f"seeds; {AVALANCHE} {version or 'was left out'}."
-    )
+    tasks = f"{options.rows} rows of TREC-6, then of Banking77, {options.epochs} epochs each, {options.seeds} seeds"
+    said = {
+        "added": f"Added: medians of {2 * size.rounds} x {size.repeats}",
+        "step": f"a step: {2 * size.rounds} segments of {size.steps}, the first {size.dropped} dropped",
+        "fisher": f"Fisher: {size.fisher_rows} examples, {2 * size.fisher_rounds} times",
+        "tasks": f"two tasks: {tasks}; {AVALANCHE} {version or 'was left out'}",
+    }
+    parts = "; ".join(text for part, text in said.items() if part in options.parts)
+    return f"{model}, batches of {size.batch} x {size.length} random tokens, AdamW, no clipping, seed 0. {parts}."
 
 
 def main() -> None:
