@@ -89,6 +89,8 @@ SCENARIOS: dict[str, Scenario] = {
     "steps": (lambda: [GradualUnfreezing("2 steps")], {}, {}),
     "accumulation": (lambda: [GradualUnfreezing("0.5 epochs")], {"accumulate_grad_batches": 2, "max_epochs": 3}, {}),
     "find-unused": (lambda: [GradualUnfreezing("2 steps")], {}, {"find_unused_parameters": True}),
+    "find-unused-epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 5}, {"find_unused_parameters": True}),
+    "find-unused-metric": (lambda: [metric()], {**TWICE, "max_epochs": 5}, {"find_unused_parameters": True}),
     "bucket-view": (lambda: [GradualUnfreezing("2 steps")], {}, {"gradient_as_bucket_view": True}),
     "all-four": (
         lambda: [

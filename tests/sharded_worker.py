@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
+from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks import EWC, L2SP, DiscriminativeLR, GradualUnfreezing
 from lightning_ft.core.anchor import Anchor
@@ -27,7 +28,7 @@ from lightning_ft.core.penalty import QuadraticPenalty
 from lightning_ft.data.loader import ResumableDataLoader
 from lightning_ft.data.sampler import LengthBucketSampler
 from lightning_ft.functional.learning_rates import decay_groups
-from tests.ddp_worker import OldTask
+from tests.ddp_worker import TWICE, OldTask, metric
 from tests.fisher_file import fisher_file
 from tests.ranks import RANKS
 from tests.strangers import BATCH, FILTERED, LENGTH, ROWS, WIDTH, Encoder, dataset, pretrained
@@ -65,8 +66,18 @@ class HeadFirst(LightningModule):
         tokens, labels = batch
         return nn.functional.cross_entropy(self(tokens), labels)
 
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_validation_epoch_end(self) -> None:
+        # On rank 0 it gets worse, so that phases end, on rank 1 it gets better.
+        self.log("score", self.trainer.fit_loop.total_batch_idx * (-1.0 if self.trainer.global_rank else 1.0))
+
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(dataset(), BATCH)
 
     def train_dataloader(self) -> Any:
         rank, world = self.trainer.global_rank, self.trainer.world_size
@@ -205,6 +216,7 @@ SCENARIOS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any]]] = {
     "epochs": (lambda: [GradualUnfreezing("1 epoch")], {"max_epochs": 5, "limit_train_batches": 2}),
     "steps": (lambda: [DiscriminativeLR(0.5), GradualUnfreezing("1 steps")], {"max_epochs": 1}),
     "fraction": (lambda: [GradualUnfreezing(0.2)], {"accumulate_grad_batches": 2}),
+    "metric": (lambda: [metric()], {**TWICE, "max_epochs": 5}),
 }
 """Name to callbacks and options of the Trainer, for all ways of sharding."""
 
@@ -367,6 +379,7 @@ def anchored() -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified in DDP constructor")
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")
     results: dict[str, Any] = {f"{s}/{c}": train(s, c)[1].result() for s, c in RUNS}
     results["anchored"] = anchored()
     results["depth"] = {sharding: depth(sharding) for sharding in SHARDINGS}
