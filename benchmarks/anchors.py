@@ -117,7 +117,8 @@ def write_fishers(folder: Path, data: Path, file: Path, size: Size) -> None:
     """F of SST-2 rows, and random numbers in its place."""
     module = SequenceClassification(folder, num_labels=2)
     found = fisher_diagonal(module, sst2(folder, data, size), "sampled", limit=size.fisher_rows)
-    found.save(file)
+    # Fits it for any weights: those of a trial are drawn anew each time.
+    Fisher(found.tensors, found.examples, found.variant).save(file)
     generator = torch.Generator().manual_seed(0)
     random = {name: torch.rand(tensor.shape, generator=generator) for name, tensor in found.tensors.items()}
     Fisher(random, 1, "exact").save(dense(file))
