@@ -60,14 +60,18 @@ class Anchoring:
         """A checkpoint is restored: the weights are no longer the pretrained ones."""
         self._restored = True
 
-    def take(self) -> Anchor:
+    def take(self, named: Named | None = None) -> Anchor:
         """θ⁰ of the chosen parameters. Call on all processes.
+
+        Args:
+            named: What ``choose`` gives for the module as it is, where the caller has it: finding layers takes time.
 
         Raises:
             ValueError: The anchor cannot be the one that an interrupted run had.
         """
         assert self._module is not None
-        self._anchor = _KEPT[self._module].take(self, restored=self._restored)
+        chosen = self.choose(self._module) if named is None else named
+        self._anchor = _KEPT[self._module].take(chosen, restored=self._restored)
         if self.fingerprint is not None:
             self._anchor.check(self.fingerprint)
         self.fingerprint = self._anchor.fingerprint()
@@ -113,28 +117,23 @@ class _Kept:
                 lambda *_: self._capture()
             )
 
-    def _chosen(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for user in self.users for name, parameter in user.choose(self.module)}
-
     def _capture(self) -> None:
         if self.final:
             return
-        chosen = self._chosen()
+        chosen = {name: parameter for user in self.users for name, parameter in user.choose(self.module)}
         storage: Storage = next((user.storage for user in self.users if user.storage is not None), "device")
         if storage == "disk":
             self.anchor = anchor_on_disk(self.trainer, self.module, chosen)
         else:
             self.anchor = Anchor.capture(chosen.items(), storage)
 
-    def take(self, user: Anchoring, *, restored: bool) -> Anchor:
+    def take(self, chosen: Named, *, restored: bool) -> Anchor:
         if not self.final:
             if self.anchor is None or not restored:
                 self._capture()
-            assert self.anchor is not None
-            self.anchor.move(self._chosen().items())
             self.final = True
         assert self.anchor is not None
-        chosen = user.choose(self.module)
+        self.anchor.move(chosen)
         self.anchor.like(chosen)
         return self.anchor.select([name for name, _ in chosen])
 

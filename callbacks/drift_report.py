@@ -103,7 +103,7 @@ class DriftReport(Callback):
         if self.path is not None and find_spec("matplotlib") is None:
             raise ImportError(f'path={str(self.path)!r} needs matplotlib: pip install "lightning-ft[plot]"')
         body = pretrained_and_new(self, pl_module, self.layers)[0]
-        anchor = self._anchoring.take()
+        anchor = self._anchoring.take(body)
         self._body = dict(zip((name for name, _ in body), anchor.like(body), strict=True))
         self._squares = anchor.squares
 

@@ -120,7 +120,7 @@ class EWC(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
         body, _ = pretrained_and_new(self, pl_module, self.layers)
-        anchor = self._anchoring.take()
+        anchor = self._anchoring.take(body)
         fisher = self._prepared(self._load(trainer, pl_module, anchor), anchor, body)
         body = [(name, p) for name, p in body if name in fisher]
         weights = Anchor(fisher, anchor.storage)

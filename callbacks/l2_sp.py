@@ -118,7 +118,7 @@ class L2SP(Callback):
         refuse_deepspeed(trainer, self)
         body, head = self._split(pl_module)
         warn_without_head(self, pl_module, self.layers)
-        references = self._anchoring.take().like(body)
+        references = self._anchoring.take(body).like(body)
         pull = Term([p for _, p in body], self.strength, references, per_step=self.per_step)
         self._pull.start(trainer, [pull, Term(head, self.head_strength)])
 

@@ -114,7 +114,7 @@ class Mixout(Callback):
         refuse_deepspeed(trainer, self)
         named = self._weights(pl_module)
         warn_without_head(self, pl_module, self.layers)
-        references = self._anchoring.take().like(named)
+        references = self._anchoring.take(named).like(named)
         by_parameter = {id(p): reference for (_, p), reference in zip(named, references, strict=True)}
         chosen = {
             weight: by_parameter[id(weight.parameter)]

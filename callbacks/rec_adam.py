@@ -116,7 +116,7 @@ class RecAdam(Callback):
         refuse_deepspeed(trainer, self)
         warn_without_head(self, pl_module, self.layers)
         self._named = self._recalled(pl_module)
-        self._references = self._anchoring.take().like(self._named)
+        self._references = self._anchoring.take(self._named).like(self._named)
         for optimizer in trainer.optimizers:
             if self._held(optimizer):
                 check_linear("RecAdam", optimizer)

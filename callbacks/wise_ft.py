@@ -129,7 +129,7 @@ class WiSEFT(Callback):
                 'new, its random start is no pretrained weight: name it, layers=Layers(head="classifier"). If there is '
                 "none (a tied LM head), layers=Layers(head=[])"
             )
-        anchor = self._anchoring.take()
+        anchor = self._anchoring.take(body)
         if anchor.storage == "bf16":
             raise ValueError('WiSEFT needs θ⁰ unrounded, and another callback says storage="bf16": say "cpu" there')
         self._parameters, self._pretrained = [p for _, p in body], anchor.like(body)
