@@ -43,7 +43,13 @@ def run_ranks(function: str, folder: Path) -> list[Any]:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(outputs)[-4000:]
+    codes = [process.returncode for process in processes]
+    # The end of each rank's output: one that only lost its peer would else hide why the peer died.
+    said = [
+        f"rank {rank}, exit {code}:\n{text[-4000:]}"
+        for rank, (code, text) in enumerate(zip(codes, outputs, strict=True))
+    ]
+    assert codes == [0] * RANKS, "\n".join(said)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
