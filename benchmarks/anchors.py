@@ -124,7 +124,7 @@ def write_fishers(folder: Path, data: Path, file: Path, size: Size) -> None:
     Fisher(random, 1, "exact").save(dense(file))
 
 
-def added(folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Seconds]:
+def added(folder: Path, fisher: Path, size: Size) -> tuple[dict[str, list[Row]], Seconds]:
     """Each pass, and a training step, in turns."""
     batches = random_batches(size.batch, size.length, size.steps)
     trained = SequenceClassification(folder, num_labels=2)
@@ -153,7 +153,8 @@ def added(folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Seconds]:
         [(name, callback, _hook(callback, mode)) for name, (callback, mode) in callbacks(fisher).items()] + _autograd()
     )
     step = median(seconds[PLAIN])
-    return [share(name, times, step, TARGETS.get(modes.get(name, ""))) for name, times in seconds.items()], seconds
+    rows = [share(name, times, step, TARGETS.get(modes.get(name, ""))) for name, times in seconds.items()]
+    return {"Added to a step": rows}, seconds
 
 
 def _hook(callback: Callback, mode: str) -> Pass:
@@ -198,7 +199,7 @@ def share(name: str, seconds: Sequence[float], step: float, target: float | None
 # ---- whole steps
 
 
-def step_time(folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Seconds]:
+def step_time(folder: Path, fisher: Path, size: Size) -> tuple[dict[str, list[Row]], Seconds]:
     """Whole training steps with each over those without."""
     batches = random_batches(size.batch, size.length, size.steps)
     module, penalised = SequenceClassification(folder, num_labels=2), _Penalised(folder, num_labels=2)
@@ -210,7 +211,7 @@ def step_time(folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Second
         if "bf16" not in name and "matrices" not in name:
             contestants[name] = lambda callback=callback: fit_with(callback, module, batches).step(size.dropped)  # type: ignore[misc]
     seconds = interleave(contestants, size.rounds)
-    return against(seconds, PLAIN), seconds
+    return {"Step time": against(seconds, PLAIN)}, seconds
 
 
 def fit_with(callback: Callback, module: SequenceClassification, batches: Sequence[Batch]) -> Clock:
@@ -364,7 +365,7 @@ def memory() -> dict[str, float]:
     return {name: 1024 * int(value.split()[0]) / MB for name, value in values.items()}
 
 
-def memory_table(options: Namespace, folder: Path, fisher: Path, size: Size) -> tuple[list[Row], Any]:
+def memory_table(options: Namespace, folder: Path, fisher: Path, size: Size) -> tuple[dict[str, list[Row]], Any]:
     """Each, run twice, over the same process without it."""
     quick = ["--quick"] if options.quick else []
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CHILDREN if name in options.children}
@@ -382,7 +383,7 @@ def memory_table(options: Namespace, folder: Path, fisher: Path, size: Size) -> 
                 more = median(run[key] for run in told) - median(run[key] for run in plain)
                 row[f"more {title}, MB"] = more
         rows.append({**row, "model, MB": told[0]["model"]})
-    return rows, runs
+    return {"Memory": rows}, runs
 
 
 # ---- everything
@@ -394,18 +395,19 @@ def narrow(folder: Path) -> None:
     AutoModel.from_config(config).save_pretrained(folder)
 
 
-def setting(options: Namespace, size: Size, version: str | None) -> str:
-    """The line below the tables."""
+def setting(part: str, options: Namespace, size: Size, version: str | None) -> str:
+    """The line below a part's tables."""
     model = "A tiny model" if options.quick else "all-MiniLM-L6-v2"
     tasks = f"{options.rows} rows of TREC-6, then of Banking77, {options.epochs} epochs each, {options.seeds} seeds"
     said = {
-        "added": f"Added: medians of {2 * size.rounds} x {size.repeats}",
-        "step": f"a step: {2 * size.rounds} segments of {size.steps}, the first {size.dropped} dropped",
-        "fisher": f"Fisher: {size.fisher_rows} examples, {2 * size.fisher_rounds} times",
-        "tasks": f"two tasks: {tasks}; {AVALANCHE} {version or 'was left out'}",
+        "memory": f"{size.memory_steps} steps, or {size.memory_steps} batches",
+        "added": f"Medians of {2 * size.rounds} x {size.repeats}",
+        "step": f"{2 * size.rounds} segments of {size.steps} steps, the first {size.dropped} dropped",
+        "fisher": f"{size.fisher_rows} examples, {2 * size.fisher_rounds} times",
+        "tasks": f"{tasks}; {AVALANCHE} {version or 'was left out'}",
     }
-    parts = "; ".join(text for part, text in said.items() if part in options.parts)
-    return f"{model}, batches of {size.batch} x {size.length} random tokens, AdamW, no clipping, seed 0. {parts}."
+    random = "" if part == "tasks" else f", batches of {size.batch} x {size.length} random tokens"
+    return f"{model}{random}, AdamW, no clipping, seed 0. {said[part]}."
 
 
 def main() -> None:
@@ -434,34 +436,25 @@ def main() -> None:
         if not (file := options.data / task / "train.jsonl").is_file():
             sys.exit(f"{file} does not exist: pass --data FOLDER")
     version = find_rival(options.rival, AVALANCHE) if "tasks" in options.parts else None
-    tables: dict[str, list[Row]] = {}
-    seconds: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as root:
         folder, fisher = Path(root) / "model", Path(root) / "fisher.safetensors"
         prepare_model(folder)
         if options.quick:
             narrow(folder)
         write_fishers(folder, options.data, fisher, size)
-        # Memory first: nothing else is in the way.
-        if "memory" in options.parts:
-            tables["Memory"], seconds["memory"] = memory_table(options, folder, fisher, size)
-        if "added" in options.parts:
-            tables["Added to a step"], seconds["added"] = added(folder, fisher, size)
-        if "step" in options.parts:
-            tables["Step time"], seconds["step"] = step_time(folder, fisher, size)
-        if "fisher" in options.parts:
-            found, seconds["fisher"] = fisher_time(folder, options.data, size)
-            tables |= found
-        if "tasks" in options.parts:
-            found, seconds["tasks"] = two_tasks(options, folder, version)
-            tables |= found
-    publish(
-        "anchors",
-        options.results,
-        setting=setting(options, size, version),
-        tables=tables,
-        seconds=seconds,
-    )
+        measured: dict[str, Callable[[], tuple[dict[str, list[Row]], Any]]] = {
+            # First: nothing else is in the way.
+            "memory": lambda: memory_table(options, folder, fisher, size),
+            "added": lambda: added(folder, fisher, size),
+            "step": lambda: step_time(folder, fisher, size),
+            "fisher": lambda: fisher_time(folder, options.data, size),
+            "tasks": lambda: two_tasks(options, folder, version),
+        }
+        for part, measure in measured.items():
+            if part in options.parts:
+                tables, seconds = measure()
+                text = setting(part, options, size, version)
+                publish(f"anchors_{part}", options.results, setting=text, tables=tables, seconds=seconds)
 
 
 if __name__ == "__main__":
