@@ -45,10 +45,10 @@ DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "sha
 OLD, NEW = "trec6", "banking77"
 VARIANTS = ("exact", "sampled", "empirical")
 WISE = "WiSE-FT"
-COUPLED = (0.001, 0.01, 0.1, 1.0)
+COUPLED = (0.01, 0.1, 0.3)
 GRID: dict[str, tuple[float, ...]] = {
     "plain": (0.0,),
-    "L2-SP": (0.0003, 0.001, 0.003, 0.01),
+    "L2-SP": (0.01, 0.03, 0.1),
     **{f"EWC, {variant}": COUPLED for variant in VARIANTS},
     "Mixout": (0.3, 0.6, 0.9),
     WISE: (0.2, 0.4, 0.6, 0.8),

@@ -5,22 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
-    from transformers import PreTrainedModel
 
     from lightning_ft.export.wrappers import GraphWrapper
 
-AXES = {0: "batch", 1: "sequence"}
-
 
 @contextmanager
-def inference_state(model: PreTrainedModel) -> Iterator[None]:
+def inference_state(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, on the CPU, without a key-value cache or autograd; everything is restored afterwards.
 
     Args:
@@ -28,46 +25,52 @@ def inference_state(model: PreTrainedModel) -> Iterator[None]:
             blocks are in evaluation mode inside a model in training mode returns to just that.
     """
     modes = [(module, module.training) for module in model.modules()]
-    device, cache = model.device, getattr(model.config, "use_cache", None)
+    device = next(model.parameters()).device
+    caching = [config for config in _configs(model) if getattr(config, "use_cache", False)]
     try:
         model.eval().to("cpu")
-        if cache:
-            model.config.use_cache = False
+        for config in caching:
+            config.use_cache = False
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
-        if cache:
-            model.config.use_cache = cache
+        for config in caching:
+            config.use_cache = True
         for module, training in modes:
             module.training = training
         model.to(device)  # last: it alone can fail, for want of memory
 
 
 @contextmanager
-def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+def attention(model: nn.Module, implementation: str) -> Iterator[None]:
     """Run the model with another attention implementation; the former one is restored afterwards.
 
     Args:
-        model: Changed in place.
+        model: Changed in place; what of it is not of transformers stays as it is.
         implementation: A name that transformers knows, such as ``"eager"``.
     """
-    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    former = [(c, c._attn_implementation) for c in configs.values() if hasattr(c, "_attn_implementation")]
+    former = [(c, c._attn_implementation) for c in _configs(model) if hasattr(c, "_attn_implementation")]
     try:
-        model.set_attn_implementation(implementation)
+        for module in model.modules():
+            if callable(choose := getattr(module, "set_attn_implementation", None)):
+                choose(implementation)
         yield
     finally:
         for config, name in former:
             config._attn_implementation = name
 
 
+def _configs(model: nn.Module) -> list[Any]:
+    found = [getattr(module, "config", None) for module in model.modules()]
+    return list({id(config): config for config in found if config is not None}.values())
+
+
 def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) -> ONNXProgram:
-    """Export with dynamic axes named ``batch`` and ``sequence``.
+    """Export with dynamic, named axes.
 
     Args:
         wrapper: In evaluation mode.
-        sample: Inputs of the graph, each ``(batch, sequence)``, of different sizes above 1: the exporter freezes an
-            axis of size 1.
+        sample: Inputs of the graph, with different sizes above 1 in all axes: the exporter freezes an axis of size 1.
         opset: Version of the ONNX operators.
 
     Returns:
@@ -79,12 +82,12 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
         warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
         program = torch.onnx.export(
             wrapper,
-            tuple(sample.values()),
+            kwargs=dict(sample),
             dynamo=True,
             opset_version=opset,
             input_names=list(sample),
             output_names=list(wrapper.outputs),
-            dynamic_shapes=tuple(AXES for _ in sample),
+            dynamic_shapes={name: dict(wrapper.axes(name)) for name in sample},
             verbose=False,
         )
     assert program is not None  # only the TorchScript exporter returns None
@@ -93,12 +96,13 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
 
 
 def _strip(program: ONNXProgram) -> None:
-    """Remove stack traces, paths and module names, and the shapes of initialisers.
+    """Remove stack traces, paths and module names, the shapes of initialisers, and second uses of outputs' names.
 
     The weights carry their shapes themselves; a second statement of them makes ``quantize_dynamic`` fail with
     "Inferred shape and existing shape differ".
     """
     model = program.model
+    names = {value.name for value in model.graph.outputs}
     model.metadata_props.clear()
     for graph in model.graphs():
         graph.metadata_props.clear()
@@ -107,6 +111,9 @@ def _strip(program: ONNXProgram) -> None:
             node.doc_string = None
             for value in node.outputs:
                 value.metadata_props.clear()
+                # The exporter names values after variables in the model's code: one may have an output's name.
+                if value.name in names and value not in model.graph.outputs:
+                    value.name = f"{value.name}.inner"
         for value in graph.inputs:
             value.metadata_props.clear()
         for value in graph.initializers.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,7 +43,7 @@ def load_session(folder: str | os.PathLike[str], *, threads: int | None = None) 
     """Open an exported folder for inference on the CPU, with the settings measured to be fastest.
 
     Args:
-        folder: What :func:`lightning_ft.export.to_onnx` wrote.
+        folder: What :func:`lightning_ft.export.export_onnx` wrote.
         threads: Threads within one operator; None leaves the choice to ONNX Runtime (all cores).
 
     Returns:
@@ -58,7 +58,7 @@ def load_session(folder: str | os.PathLike[str], *, threads: int | None = None) 
     path = Path(folder) / "model.onnx"
     if not path.is_file():
         raise FileNotFoundError(
-            f"folder: expected an exported folder with a model.onnx, got {folder}: run to_onnx first"
+            f"folder: expected an exported folder with a model.onnx, got {folder}: run export_onnx first"
         )
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected 1 or more, or None, got {threads}")
@@ -123,7 +123,7 @@ def make_probes(
 
 def run_torch(wrapper: GraphWrapper, probe: Probe) -> dict[str, Tensor]:
     """The wrapper's outputs on a probe, by name."""
-    return dict(zip(wrapper.outputs, wrapper(*probe.inputs.values()), strict=True))
+    return dict(zip(wrapper.outputs, wrapper(**probe.inputs), strict=True))
 
 
 def run_onnx(session: InferenceSession, probe: Probe) -> dict[str, Tensor]:
@@ -134,7 +134,12 @@ def run_onnx(session: InferenceSession, probe: Probe) -> dict[str, Tensor]:
 
 
 def check_parity(
-    session: InferenceSession, probes: Sequence[Probe], expected: Sequence[Mapping[str, Tensor]], *, tolerance: float
+    session: InferenceSession,
+    probes: Sequence[Probe],
+    expected: Sequence[Mapping[str, Tensor]],
+    *,
+    tolerance: float,
+    per_token: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Compare a graph with its model on every probe.
 
@@ -146,6 +151,7 @@ def check_parity(
         probes: What to run it on.
         expected: The model's outputs, one mapping a probe.
         tolerance: Largest error allowed.
+        per_token: Outputs that are compared where the attention mask is 1 alone, and in shape.
 
     Returns:
         One row a probe: batch, length, padded, absolute, relative.
@@ -154,12 +160,15 @@ def check_parity(
         ParityError: A probe errs by more than ``tolerance`` or not by a number, gives other names or shapes, or
             cannot be run at all.
     """
-    scale = {name: max(float(values[name].abs().max()) for values in expected) or math.ulp(0.0) for name in expected[0]}
+    compared = [_read(values, probe, per_token) for probe, values in zip(probes, expected, strict=True)]
+    scale = {name: max(float(values[name].abs().max()) for values in compared) or math.ulp(0.0) for name in expected[0]}
     rows, problems = [], []
-    for probe, wanted in zip(probes, expected, strict=True):
+    for probe, whole, wanted in zip(probes, expected, compared, strict=True):
         absolute = relative = math.inf
         try:
-            absolute, relative = _difference(run_onnx(session, probe), wanted, scale)
+            got = run_onnx(session, probe)
+            _check_shapes(got, whole)
+            absolute, relative = _difference(_read(got, probe, per_token), wanted, scale)
         except Exception as error:  # noqa: BLE001  ONNX Runtime's exceptions share no other base; reported below
             problems.append(f"{probe.batch}x{probe.length}: {error}")
         rows.append(
@@ -181,11 +190,22 @@ def check_parity(
     return rows
 
 
-def _difference(
-    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], scale: Mapping[str, float]
-) -> tuple[float, float]:
+def _read(outputs: Mapping[str, Tensor], probe: Probe, per_token: Collection[str]) -> dict[str, Tensor]:
+    """What of the outputs means anything."""
+    return {
+        name: value[probe.inputs["attention_mask"].bool()] if name in per_token else value
+        for name, value in outputs.items()
+    }
+
+
+def _check_shapes(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     shapes = [{name: tuple(value.shape) for name, value in outputs.items()} for outputs in (got, wanted)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the graph gives {shapes[0]}, the model {shapes[1]}")
+
+
+def _difference(
+    got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], scale: Mapping[str, float]
+) -> tuple[float, float]:
     worst = {name: float((got[name] - wanted[name]).abs().max()) for name in wanted}
     return max(worst.values()), max(worst[name] / scale[name] for name in worst)

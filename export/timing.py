@@ -27,7 +27,7 @@ def measure_latency(
     """Time a model in a fresh process.
 
     Args:
-        folder: For ``"onnx"`` what :func:`lightning_ft.export.to_onnx` wrote, for ``"torch"`` what a classifier's
+        folder: For ``"onnx"`` what :func:`lightning_ft.export.export_onnx` wrote, for ``"torch"`` what a classifier's
             ``save_pretrained`` wrote.
         runtime: What runs the model.
         batch: Rows in the batch.

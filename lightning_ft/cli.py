@@ -346,29 +346,21 @@ def _number(run: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def export(checkpoint: str, out: str, *, to: Literal["onnx"] = "onnx", opset: int = 20, max_length: int = 128) -> None:
-    """Write a folder for serving, proved equal to the checkpoint before anything is left in OUT.
+def export(
+    source: str, out: str, *, to: Literal["onnx", "hf"] = "onnx", opset: int = 20, max_length: int = 128
+) -> None:
+    """Write a folder for serving, proved equal to the source before anything is left in OUT.
 
     Args:
-        checkpoint: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``).
+        source: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``) or a Hugging Face folder.
         out: The folder to create.
-        to: The format.
+        to: ONNX, or a Hugging Face folder.
         opset: ONNX operator set.
         max_length: Longest input, in tokens, for which equality is proved.
     """
-    from lightning_ft.export import to_onnx
+    from lightning_ft.export import export_hf, export_onnx
 
-    module = _modules.load_checkpoint(checkpoint)
-    if not isinstance(module, _modules.SequenceClassification):
-        raise TypeError(
-            f"{checkpoint} holds a {type(module).__name__}, and only SequenceClassification is exported yet"
-        )
-    if module.tokenizer is None:
-        raise ValueError(f"{checkpoint} holds no tokenizer: it was trained from an Architecture without one")
-    report = to_onnx(
-        module.model, out, tokenizer=module.tokenizer, labels=module.labels, opset=opset, max_length=max_length
-    )
-    print(report)
+    print(export_hf(source, out) if to == "hf" else export_onnx(source, out, opset=opset, max_length=max_length))
 
 
 class _Built(FineTuningCLI):

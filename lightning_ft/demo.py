@@ -49,7 +49,7 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
         return
     cli, seconds = _fit(root)
     run = Path(cli.trainer.default_root_dir)
-    from lightning_ft.export import measure_latency, to_onnx
+    from lightning_ft.export import export_onnx, measure_latency
     from lightning_ft.modules import SequenceClassification
 
     best = _best_checkpoint(cli)
@@ -60,9 +60,7 @@ def demo(sentences: Sequence[str] = SENTENCES, *, folder: str = "runs/demo", pre
     baseline = frozen_features_baseline(root / "model", root / "data")
 
     print("Exporting to ONNX and comparing with the checkpoint …", flush=True)
-    tokenizer = module.tokenizer
-    assert tokenizer is not None
-    parity = to_onnx(module.model, run / "onnx", tokenizer=tokenizer, labels=module.labels)
+    parity = export_onnx(module, run / "onnx")
     module.save_pretrained(run / "huggingface")
     runtimes: dict[Literal["torch", "onnx"], str] = {"torch": "huggingface", "onnx": "onnx"}
     latency = {

@@ -212,6 +212,10 @@ def test_configuration_names_the_model_once_and_labels_come_from_the_data(projec
     output = lightning_ft(project, "export", checkpoint, "served", "--to", "onnx", "--max_length", "32")
     assert "worst relative difference" in output
     assert (project / "served" / "model.onnx").is_file()
+    lightning_ft(project, "export", checkpoint, "folder", "--to", "hf")
+    output = lightning_ft(project, "export", "folder", "again", "--max_length", "32")
+    assert "BertForSequenceClassification" in output
+    assert (project / "again" / "model.onnx").is_file()
 
 
 def test_plan_prints_phases_and_rates_and_trains_nothing(project: Path) -> None:

@@ -24,7 +24,7 @@ ALLOWED = {
     "plugins": {"core", "functional"},
     "data": {"core", "functional"},
     "modules": {"core", "functional", "metrics"},
-    "export": {"core", "modules", "data", "metrics"},
+    "export": {"core", "functional", "modules", "data", "metrics"},
 }
 # What may be imported at the top of a file: the rest is imported inside what needs it.
 THIRD_PARTY = {

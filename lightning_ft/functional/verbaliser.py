@@ -58,7 +58,8 @@ def logits_at(model: nn.Module, inputs: Mapping[str, Any], positions: Tensor) ->
     Returns:
         ``(batch, n, vocab)``.
     """
-    seen = (len(positions), next(iter(inputs.values())).shape[1])
+    # Not len(), which would fix the batch in a traced graph.
+    seen = (positions.shape[0], next(iter(inputs.values())).shape[1])
     picked = False
 
     def pick(values: Tensor) -> Tensor:

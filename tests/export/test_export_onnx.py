@@ -21,17 +21,18 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from lightning_ft.export import GraphWrapper, ParityError, load_session, measure_latency, to_onnx
+from lightning_ft.export import GraphWrapper, Head, Logits, ParityError, export_onnx, load_session, measure_latency
 from lightning_ft.export.parity import Probe, check_parity, make_probes
 
 # The function of the same name hides the module in the package.
-MODULE = importlib.import_module("lightning_ft.export.to_onnx")
+MODULE = importlib.import_module("lightning_ft.export.onnx_folder")
 
 USUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
@@ -48,12 +49,17 @@ def tiny_model(family: str = "bert", **settings: Any) -> PreTrainedModel:
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def tiny_tokenizer(*, types: bool = True, side: str = "right") -> PreTrainedTokenizerFast:
+def tiny_tokenizer(*, types: bool = True, side: str = "right", **special: str) -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, **{f"w{i}": i for i in range(2, 60)}}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
     names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", model_input_names=names, padding_side=side
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        model_input_names=names,
+        padding_side=side,
+        **special,
     )
 
 
@@ -81,32 +87,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     model = tiny_model(**USUAL, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model.train()
     folder = tmp_path_factory.mktemp("bert") / "out"
-    report = to_onnx(model, folder, tokenizer=tiny_tokenizer(), labels=["a", "b", "ć"], max_length=24)
+    report = export_onnx(model, folder, tokenizer=tiny_tokenizer(), labels=["a", "b", "ć"], max_length=24)
     return SimpleNamespace(model=model, folder=folder, report=report)
-
-
-@pytest.mark.parametrize(
-    ("family", "settings", "side"),
-    [
-        ("distilbert", DISTILBERT, "right"),
-        ("roberta", {**USUAL, "type_vocab_size": 1}, "right"),
-        ("deberta-v2", DEBERTA, "right"),
-        ("gpt2", GPT2, "right"),
-        ("llama", LLAMA, "left"),
-        ("electra", {**USUAL, "embedding_size": 16}, "right"),
-        ("albert", {**USUAL, "embedding_size": 16}, "right"),
-        ("mpnet", USUAL, "right"),
-    ],
-)
-def test_architectures(family: str, settings: dict[str, Any], side: str, tmp_path: Path) -> None:
-    model = tiny_model(family, **settings)
-    tokenizer = tiny_tokenizer(
-        types=family != "gpt2", side=side
-    )  # GPT-2 would read types, a tokenizer of its own has none
-    report = to_onnx(model, tmp_path / "out", tokenizer=tokenizer, max_length=24)
-    assert ("token_type_ids" in report.facts["inputs"]) == (family in {"bert", "electra", "albert"})
-    assert_same_as_torch(tmp_path / "out", model, batch=6, length=19, left=side == "left")
-    assert_same_as_torch(tmp_path / "out", model, batch=1, length=31)
 
 
 def test_graph_is_dynamic_named_and_clean(exported: SimpleNamespace) -> None:
@@ -149,7 +131,12 @@ def test_folder_and_report(exported: SimpleNamespace) -> None:
     config = AutoConfig.from_pretrained(folder)
     assert config.id2label == {0: "a", 1: "b", 2: "ć"}
     assert config.architectures == ["BertForSequenceClassification"]
-    assert json.loads((folder / "labels.json").read_text("utf-8")) == ["a", "b", "ć"]
+    head = json.loads((folder / "head.json").read_text("utf-8"))
+    assert head == {
+        "task": "text-classification",
+        "labels": ["a", "b", "ć"],
+        "settings": {"problem": "single_label"},
+    }
     assert AutoTokenizer.from_pretrained(folder)("w2 w9 x")["input_ids"] == [2, 9, 0]
     assert model.config.id2label[0] == "LABEL_0"  # the argument is not changed
 
@@ -159,7 +146,7 @@ def test_real_encoder(tmp_path: Path) -> None:
     source = Path(origin).parent / "model"
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(source)
-    to_onnx(model, tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(source))
+    export_onnx(model, tmp_path / "out", tokenizer=AutoTokenizer.from_pretrained(source))
     texts = ["A moving film, and a funny one.", "No.", "Two hours of my life " * 30]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     batch = tokenizer(texts, padding=True, return_tensors="np")
@@ -202,10 +189,10 @@ def test_model_is_restored(fails: bool, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(MODULE, "trace", trace)
     if fails:
         with pytest.raises(RuntimeError, match="no such operator"):
-            to_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
+            export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
         assert not list(tmp_path.iterdir())
     else:
-        to_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
+        export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
     assert (any(seen["modes"].values()), seen["attention"]) == (False, "eager")
     assert state_of(model) == before
     assert moves == ["cpu training=False", "cpu training=True"]  # there and back
@@ -224,7 +211,7 @@ def test_parity_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(
         ParityError, match=r"tolerance=1e-05(?s:.)*padded +absolute +relative(?s:.)*\n +1 +1 +no +0\.001"
     ):
-        to_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
+        export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
     assert not list(tmp_path.iterdir())
 
 
@@ -296,8 +283,13 @@ class Probabilities(GraphWrapper):
 
 def test_other_wrapper_and_external_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
-    report = to_onnx(
-        tiny_model(), tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8, wrapper=Probabilities, opset=18
+    report = export_onnx(
+        tiny_model(),
+        tmp_path / "out",
+        tokenizer=tiny_tokenizer(),
+        max_length=8,
+        head=Head("probabilities", Probabilities),
+        opset=18,
     )
     assert report.facts["bytes"]["model.onnx.data"] > 50_000
     session = load_session(tmp_path / "out", threads=1)
@@ -310,7 +302,7 @@ def test_other_wrapper_and_external_weights(tmp_path: Path, monkeypatch: pytest.
 def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="not an empty folder"):
-        to_onnx(tiny_model(), tmp_path, tokenizer=tiny_tokenizer(), max_length=8)
+        export_onnx(tiny_model(), tmp_path, tokenizer=tiny_tokenizer(), max_length=8)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -318,7 +310,7 @@ def test_refuses_a_folder_with_content(tmp_path: Path) -> None:
 def test_missing_package_names_the_extra(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'{package} is needed .*pip install "lightning-ft\[export\]"'):
-        to_onnx(tiny_model(), tmp_path / "out", tokenizer=tiny_tokenizer())
+        export_onnx(tiny_model(), tmp_path / "out", tokenizer=tiny_tokenizer())
 
 
 def test_import_is_light() -> None:
@@ -344,29 +336,30 @@ def test_import_is_light() -> None:
 )
 def test_bad_arguments(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        to_onnx(tiny_model(), tmp_path / "out", **{"tokenizer": tiny_tokenizer(), "max_length": 8, **arguments})
+        export_onnx(tiny_model(), tmp_path / "out", **{"tokenizer": tiny_tokenizer(), "max_length": 8, **arguments})
     assert not list(tmp_path.iterdir())
 
 
 def test_positions_kept_for_padding_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_length: the model fails on 39 tokens"):  # 40 less two
-        to_onnx(tiny_model("roberta", **USUAL), tmp_path / "out", tokenizer=tiny_tokenizer(types=False), max_length=39)
+        export_onnx(
+            tiny_model("roberta", **USUAL), tmp_path / "out", tokenizer=tiny_tokenizer(types=False), max_length=39
+        )
 
 
 def test_bad_models(tmp_path: Path) -> None:
-    def refuses(error: type[Exception], message: str, model: Any, tokenizer: Any = None) -> None:
+    def refuses(error: type[Exception], message: str, model: Any, tokenizer: Any = None, head: Any = None) -> None:
         with pytest.raises(error, match=message):
-            to_onnx(model, tmp_path / "out", tokenizer=tokenizer or tiny_tokenizer(), max_length=8)
+            export_onnx(model, tmp_path / "out", tokenizer=tokenizer or tiny_tokenizer(), head=head, max_length=8)
         assert not list(tmp_path.iterdir())
 
-    refuses(
-        TypeError, r"model: expected a transformers PreTrainedModel, got Linear: give the `.model`", nn.Linear(2, 2)
-    )
+    refuses(TypeError, r"model: expected a transformers PreTrainedModel .*, got Linear: give a `head`", nn.Linear(2, 2))
     refuses(ValueError, r"expected float32 weights, got torch.bfloat16: call model.float\(\)", tiny_model().bfloat16())
     refuses(ValueError, r"expected all weights on one device, got meta", tiny_model().to("meta"))
-    refuses(
-        TypeError, r"whose output has logits, got BertModel: load it with", AutoModel.from_config(tiny_model().config)
-    )
+    bare = AutoModel.from_config(tiny_model().config)
+    refuses(TypeError, r"whose output has logits, got BertModel: load it with", bare, head=Head("mine", Logits))
+    generator = AutoModelForCausalLM.from_config(tiny_model("gpt2", **GPT2).config)
+    refuses(TypeError, r"model: GPT2LMHeadModel is none of .*…ForMaskedLM", generator)
     refuses(ValueError, r"expected ids below the model's 50 embeddings, got 59", tiny_model(**USUAL, vocab_size=50))
     decoder = tiny_model("gpt2", **{**GPT2, "pad_token_id": None})
     refuses(ValueError, r"model.config.pad_token_id=None: set .*model.config.pad_token_id = tokenizer", decoder)

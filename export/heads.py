@@ -1,0 +1,225 @@
+"""What is exported: a model, what its graph computes, and what a reader of the outputs must know."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_ft.export.wrappers import Choices, Features, GraphWrapper, LabelScores, Logits, Spans, TokenLogits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_ft.modules import TransformerModule
+
+Wrap = Callable[[Any], GraphWrapper]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a graph computes, and how its outputs are read; written beside it as ``head.json``.
+
+    Args:
+        task: Its name, as Hugging Face names tasks: ``"text-classification"``, ``"token-classification"``,
+            ``"question-answering"``, ``"multiple-choice"``, ``"fill-mask"``, ``"cloze"``, ``"feature-extraction"``, or
+            one of your own.
+        wrap: Makes the graph of a model.
+        labels: Names of the classes, by index; none where there are no classes.
+        settings: What else a reader of the outputs needs; JSON-able.
+    """
+
+    task: str
+    wrap: Wrap
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the code."""
+        return {"task": self.task, "labels": list(self.labels), "settings": dict(self.settings)}
+
+
+@dataclass(frozen=True)
+class Exportable:
+    """A trained model with all that an export needs.
+
+    Args:
+        model: In any mode, on any device.
+        tokenizer: The one that it was trained with.
+        head: What is to be computed.
+        source: Where it came from: a path, or a class.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    source: str
+
+
+def open_source(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    head: Head | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Exportable]:
+    """What a checkpoint, a folder or a module holds: by task for several heads, else one under ``""``.
+
+    Args:
+        source: A Lightning checkpoint of a lightning_ft module, a Hugging Face folder with safetensors, a lightning_ft
+            module, a Hugging Face model, or any other module (with ``head``, whose wrapper takes it).
+        head: What to export of it; by default what its class is for.
+        tokenizer: The one that it was trained with; by default the one that is there.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        OSError: The folder has no safetensors.
+        TypeError: What the source holds cannot be exported without a ``head``.
+        ValueError: There is no tokenizer.
+    """
+    from lightning_ft.modules import TransformerModule
+
+    origin = type(source).__name__ if isinstance(source, nn.Module) else os.fspath(source)
+    result = {}
+    for name, (part, there) in read_models(source).items():
+        # A head of the user's own is given the module itself, unless it is one of ours.
+        model = part.model if isinstance(part, TransformerModule) else part
+        chosen = head or (own_head(part) if isinstance(part, TransformerModule) else hf_head(part))
+        if (used := tokenizer or there) is None:
+            raise ValueError(f"tokenizer: {origin} holds none: pass the one that the model was trained with")
+        result[name] = Exportable(model, used, chosen, origin)
+    return result
+
+
+def read_models(
+    source: str | os.PathLike[str] | nn.Module,
+) -> dict[str, tuple[nn.Module, PreTrainedTokenizerBase | None]]:
+    """The modules that a source holds, with their tokenizers: by task for several heads, else one under ``""``."""
+    from lightning_ft.modules import MultiTask, TransformerModule
+
+    module, tokenizer = (source, None) if isinstance(source, nn.Module) else _read(Path(source))
+    parts: Mapping[str, nn.Module] = module.heads if isinstance(module, MultiTask) else {"": module}
+    return {
+        name: (part, part.tokenizer if isinstance(part, TransformerModule) else tokenizer)
+        for name, part in parts.items()
+    }
+
+
+def own_head(module: TransformerModule) -> Head:
+    """The head of a lightning_ft module.
+
+    Raises:
+        TypeError: It generates text.
+    """
+    from lightning_ft import modules
+
+    if isinstance(module, modules.SequenceClassification):
+        labels = () if module.problem == "regression" else tuple(module.labels)
+        return Head("text-classification", Logits, labels, {"problem": module.problem})
+    if isinstance(module, modules.TokenClassification):
+        return Head("token-classification", TokenLogits, tuple(module.labels), {"scheme": module.scheme})
+    if isinstance(module, modules.QuestionAnswering):
+        threshold = module.no_answer_threshold.item()
+        settings: dict[str, Any] = {
+            "n_best": module.n_best,
+            "max_answer_length": module.max_answer_length,
+            "no_answer": module.no_answer,
+            # JSON knows no infinity: every question is answered.
+            "no_answer_threshold": threshold if math.isfinite(threshold) else None,
+        }
+        return Head("question-answering", Spans, settings=settings)
+    if isinstance(module, modules.MultipleChoice):
+        return Head("multiple-choice", Choices)
+    if isinstance(module, modules.MaskedLM):
+        return Head("fill-mask", TokenLogits)
+    if isinstance(module, modules.Cloze):
+        settings = {"patterns": list(module.patterns), "decoder": module.decoder, "masks": module.masks}
+        return Head("cloze", partial(LabelScores, words=module.words), tuple(module.labels), settings)
+    raise TypeError(
+        f"a {type(module).__name__} generates text, which has no graph here yet: give a `head` with a GraphWrapper of "
+        "your own, or write a Hugging Face folder with save_pretrained"
+    )
+
+
+_HF: dict[str, Head | None] = {
+    "ForSequenceClassification": Head("text-classification", Logits),
+    "ForTokenClassification": Head("token-classification", TokenLogits),
+    "ForQuestionAnswering": Head("question-answering", Spans),
+    # XLNet's other one is a beam search, whose outputs are no logits of tokens.
+    "ForQuestionAnsweringSimple": Head("question-answering", Spans),
+    "ForMultipleChoice": Head("multiple-choice", Choices),
+    "ForMaskedLM": Head("fill-mask", TokenLogits),
+    "Model": Head("feature-extraction", Features),
+    # Those that generate, of which some end in Model, too.
+    "ForCausalLM": None,
+    "ForConditionalGeneration": None,
+    "HeadModel": None,
+    "HeadsModel": None,
+}
+"""How the name of a Hugging Face class ends, to its head."""
+
+_PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
+
+
+def hf_head(model: nn.Module) -> Head:
+    """The head of a Hugging Face model, by its class.
+
+    Raises:
+        TypeError: It is not one of transformers', or of a class that is not known.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model: expected a transformers PreTrainedModel or a module of lightning_ft, got {type(model).__name__}: "
+            "give a `head` with a GraphWrapper of your own, the `.model` of a LightningModule, `merge_and_unload()` of "
+            "a peft model, or `_orig_mod` of a compiled one"
+        )
+    head = _by_name(type(model).__name__)
+    if head.task not in ("text-classification", "token-classification"):
+        return head
+    labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
+    if head.task == "token-classification":
+        return replace(head, labels=labels)
+    default = "regression" if len(labels) == 1 else "single_label"
+    problem = _PROBLEMS.get(model.config.problem_type, "single_label" if model.config.problem_type else default)
+    return replace(head, labels=() if problem == "regression" else labels, settings={"problem": problem})
+
+
+def _by_name(name: str) -> Head:
+    """By the longest ending: every class of transformers ends in something."""
+    fits = [ending for ending in _HF if name.endswith(ending)]
+    head = _HF[max(fits, key=len)] if fits else None
+    if head is None:
+        known = ", ".join(f"…{ending}" for ending, given in _HF.items() if given)
+        raise TypeError(f"model: {name} is none of {known}: give a `head` with a GraphWrapper of your own")
+    return head
+
+
+def _read(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The module that a file or a folder holds."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give a checkpoint, or a Hugging Face folder")
+    if path.is_file():
+        from lightning_ft.modules import load_checkpoint
+
+        return load_checkpoint(path), None
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} is a folder without a config.json: give a Hugging Face folder, or the checkpoint's file"
+        )
+    import torch
+    import transformers
+
+    names = transformers.AutoConfig.from_pretrained(path).architectures or ["no class"]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise TypeError(f"{path}: its config.json names {names[0]}, which transformers does not have: load it yourself")
+    model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
