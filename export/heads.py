@@ -54,12 +54,14 @@ class Exportable:
         tokenizer: The one that it was trained with.
         head: What is to be computed.
         source: Where it came from: a path, or a class.
+        module: The module of lightning_ft around the model, if it is one: it knows the task's metrics.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     head: Head
     source: str
+    module: TransformerModule | None = None
 
 
 def open_source(
@@ -88,11 +90,12 @@ def open_source(
     result = {}
     for name, (part, there) in read_models(source).items():
         # A head of the user's own is given the module itself, unless it is one of ours.
-        model = part.model if isinstance(part, TransformerModule) else part
-        chosen = head or (own_head(part) if isinstance(part, TransformerModule) else hf_head(part))
+        module = part if isinstance(part, TransformerModule) else None
+        model = part if module is None else module.model
+        chosen = head or (hf_head(part) if module is None else own_head(module))
         if (used := tokenizer or there) is None:
             raise ValueError(f"tokenizer: {origin} holds none: pass the one that the model was trained with")
-        result[name] = Exportable(model, used, chosen, origin)
+        result[name] = Exportable(model, used, chosen, origin, module)
     return result
 
 

@@ -7,10 +7,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
 from lightning_ft.export.extras import require
+from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state, trace
 from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.parity import check_parity, load_session, make_probes, run_torch
+from lightning_ft.export.quantize import Precision
 from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 if TYPE_CHECKING:
@@ -44,9 +46,12 @@ def export_onnx(
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     labels: Sequence[str] = (),
+    precision: Precision = "fp32",
+    gate: Gate | None = None,
     opset: int = 20,
     max_length: int = 128,
     tolerance: float = 1e-5,
+    progress: Callable[[str], None] = log.info,
 ) -> Report:
     """Export a model to a folder for ONNX Runtime, proved equal to it before the folder appears.
 
@@ -60,6 +65,9 @@ def export_onnx(
     (:func:`lightning_ft.export.parity.check_parity`). The graph itself is traced with eager attention, which gives
     fewer nodes and 10-20 % less latency than sdpa.
 
+    In another ``precision`` than fp32 the graph must also pass a ``gate``: the metric of its task on held-out data.
+    Nodes that cannot bear fewer bits stay in fp32; where that does not help, nothing is written.
+
     Args:
         source: A Lightning checkpoint of a lightning_ft module, a Hugging Face folder with safetensors, a lightning_ft
             module, a Hugging Face model, or any other module with ``head``. A module is neither copied nor changed:
@@ -68,9 +76,13 @@ def export_onnx(
         head: What to export; found by the class of the model by default.
         tokenizer: The one the model was trained with; by default the one that came with it.
         labels: Names of the classes, by index. Empty: the head's.
+        precision: What the graph is written in: ``"fp32"``, ``"fp16"`` (for GPUs), ``"int8"`` (the fastest on a CPU),
+            ``"int8-weights"`` or ``"int4"`` (for decoders).
+        gate: What a graph in fewer bits is held to; it needs a module of lightning_ft, which knows its metrics.
         opset: Version of the ONNX operators, 18 to 22. 20 is the first with a GELU node.
         max_length: Tokens in the longest text that is compared; at least 8.
-        tolerance: Largest error allowed. Sound exports in float32 stay near 1e-6.
+        tolerance: Largest error allowed, of the graph in fp32. Sound ones stay near 1e-6.
+        progress: Is told each thing as it begins.
 
     Returns:
         Versions, sizes, seconds and the table of differences; also written to ``report.json``.
@@ -78,6 +90,7 @@ def export_onnx(
     Raises:
         FileExistsError: ``out`` is a file or a folder that is not empty.
         FileNotFoundError: There is no such source.
+        GateError: The graph in fewer bits does not do its task. Nothing is written.
         ImportError: A package of the extra ``export`` is missing.
         ParityError: The graph differs from the model. Nothing is written.
         TypeError: The source cannot be exported without a ``head``, or its output lacks what the head reads.
@@ -91,15 +104,20 @@ def export_onnx(
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)
     _check_numbers(opset, max_length, tolerance)
+    _check_precision(precision, gate)
     parts = open_source(source, head=head, tokenizer=tokenizer)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
+    if gate is not None and len(parts) > 1:
+        raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():
         _check_model(part.model)
         _check_tokenizer(part.model, part.tokenizer)
+        if gate is not None and part.module is None:
+            raise TypeError(f"gate: {part.source} has no metrics to be judged by: give a module of lightning_ft")
     with atomic_folder(out) as folder:
         reports = {
-            name: _export(part, folder / name, opset=opset, max_length=max_length, tolerance=tolerance)
+            name: _export(part, folder / name, precision, gate, opset, max_length, tolerance, progress)
             for name, part in parts.items()
         }
         report = reports[""] if "" in reports else _together(reports)
@@ -108,7 +126,16 @@ def export_onnx(
     return report
 
 
-def _export(part: Exportable, folder: Path, *, opset: int, max_length: int, tolerance: float) -> Report:
+def _export(
+    part: Exportable,
+    folder: Path,
+    precision: Precision,
+    gate: Gate | None,
+    opset: int,
+    max_length: int,
+    tolerance: float,
+    progress: Callable[[str], None],
+) -> Report:
     """One graph, with its companions, into a folder of its own."""
     onnx = require("onnx")
     model, tokenizer, head = part.model, part.tokenizer, part.head
@@ -125,14 +152,17 @@ def _export(part: Exportable, folder: Path, *, opset: int, max_length: int, tole
     with inference_state(model):
         expected = _reference(graph.eval(), probes)
         sample = next(probe for probe in probes if probe.padded).inputs
-        log.info("exporting %s: inputs %s, opset %d", type(model).__name__, ", ".join(sample), opset)
+        progress(f"exporting {type(model).__name__}: inputs {', '.join(sample)}, opset {opset}")
         with attention(model, "eager"):
             program = trace(graph, sample, opset=opset)
         program.save(path)
     onnx.checker.check_model(path)
     exported = time.perf_counter()
-    log.info("comparing %d shapes in ONNX Runtime", len(probes))
+    progress(f"comparing {len(probes)} shapes in ONNX Runtime")
     rows = check_parity(load_session(folder), probes, expected, tolerance=tolerance, per_token=graph.per_token)
+    trials: list[dict[str, Any]] = []
+    if gate is not None and part.module is not None:
+        trials = gate.reduce(path, precision, part.module, progress=progress)
     _save_companions(folder, part)
     facts = {
         "model": type(model).__name__,
@@ -142,6 +172,8 @@ def _export(part: Exportable, folder: Path, *, opset: int, max_length: int, tole
         "inputs": list(sample),
         "outputs": list(graph.outputs),
         "labels": len(head.labels),
+        "precision": precision,
+        **({"gate": trials} if trials else {}),
         "opset": opset,
         "max_length": max_length,
         "tolerance": tolerance,
@@ -190,6 +222,16 @@ def _check_numbers(opset: int, max_length: int, tolerance: float) -> None:
         raise ValueError(f"max_length: expected {MIN_LENGTH} tokens or more, got {max_length}")
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance: expected a relative error between 0 and 1, got {tolerance}: 1e-5 suits float32")
+
+
+def _check_precision(precision: Precision, gate: Gate | None) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}")
+    if (precision == "fp32") != (gate is None):
+        raise ValueError(
+            f"gate={gate!r} with precision={precision!r}: a graph in fewer bits is judged on validation data, and one "
+            "in fp32 needs no other judge than its shapes. Give both, or neither"
+        )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -60,6 +60,11 @@ def load_session(folder: str | os.PathLike[str], *, threads: int | None = None) 
         raise FileNotFoundError(
             f"folder: expected an exported folder with a model.onnx, got {folder}: run export_onnx first"
         )
+    return open_graph(path, threads=threads)
+
+
+def open_graph(path: Path, *, threads: int | None = None) -> InferenceSession:
+    """:func:`load_session` of a graph's own file."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected 1 or more, or None, got {threads}")
     ort = require("onnxruntime")

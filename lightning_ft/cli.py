@@ -346,8 +346,25 @@ def _number(run: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+class _Built(FineTuningCLI):
+    """A command line that makes trainer, model and data, and runs nothing."""
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
 def export(
-    source: str, out: str, *, to: Literal["onnx", "hf"] = "onnx", opset: int = 20, max_length: int = 128
+    source: str,
+    out: str,
+    *,
+    to: Literal["onnx", "hf"] = "onnx",
+    precision: Literal["fp32", "fp16", "int8", "int8-weights", "int4"] = "fp32",
+    data: str | None = None,
+    max_drop: float = 0.005,
+    metric: str | None = None,
+    opset: int = 20,
+    max_length: int = 128,
 ) -> None:
     """Write a folder for serving, proved equal to the source before anything is left in OUT.
 
@@ -355,20 +372,39 @@ def export(
         source: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``) or a Hugging Face folder.
         out: The folder to create.
         to: ONNX, or a Hugging Face folder.
+        precision: Of the ONNX graph. Below fp32 the validation data of ``--data`` judge it.
+        data: Configuration of the run: its validation data.
+        max_drop: How much of the task's metric a graph in fewer bits may lose; 0.005 is half a point.
+        metric: The metric that counts, such as ``val_f1``; by default the usual one of the task.
         opset: ONNX operator set.
         max_length: Longest input, in tokens, for which equality is proved.
     """
-    from lightning_ft.export import export_hf, export_onnx
+    from lightning_ft.export import Gate, export_hf, export_onnx
 
-    print(export_hf(source, out) if to == "hf" else export_onnx(source, out, opset=opset, max_length=max_length))
-
-
-class _Built(FineTuningCLI):
-    """A command line that makes trainer, model and data, and runs nothing."""
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
+    if to == "hf":
+        print(export_hf(source, out))
+        return
+    if precision != "fp32" and data is None:
+        raise ValueError(
+            f"--precision {precision} is judged on validation data: name the run's configuration with --data, such as "
+            "runs/run_0/config.yaml"
+        )
+    gate = None
+    if precision != "fp32":
+        # The labels are the checkpoint's, so that no training file is needed.
+        built = run(["validate", "--config", str(data), "--ckpt_path", source], cli_class=_Built)
+        gate = Gate(built.datamodule, max_drop, metric)
+    print(
+        export_onnx(
+            source,
+            out,
+            precision=precision,
+            gate=gate,
+            opset=opset,
+            max_length=max_length,
+            progress=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+    )
 
 
 def soup(arguments: list[str]) -> None:

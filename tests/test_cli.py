@@ -212,6 +212,13 @@ def test_configuration_names_the_model_once_and_labels_come_from_the_data(projec
     output = lightning_ft(project, "export", checkpoint, "served", "--to", "onnx", "--max_length", "32")
     assert "worst relative difference" in output
     assert (project / "served" / "model.onnx").is_file()
+    judged = ("--precision", "int8", "--data", "config.yaml", "--max_drop", "0.5", "--max_length", "32")
+    (project / "val.jsonl.away").rename(project / "val.jsonl")
+    (project / "model.away").rename(project / "model")
+    output = lightning_ft(project, "export", checkpoint, "small", *judged)
+    assert "agreement" in output
+    assert (project / "small" / "model.onnx").stat().st_size < (project / "served" / "model.onnx").stat().st_size
+    (project / "model").rename(project / "model.away")
     lightning_ft(project, "export", checkpoint, "folder", "--to", "hf")
     output = lightning_ft(project, "export", "folder", "again", "--max_length", "32")
     assert "BertForSequenceClassification" in output

@@ -135,9 +135,12 @@ class Cloze(TransformerModule):
     @override
     def forward(self, batch: Batch) -> Tensor:
         """Scores of the labels in each window, ``(windows, labels)``: their words' logits at the gap."""
-        gap = torch.sort(batch["mask_positions"], dim=1, descending=True, stable=True).indices[:, : self.masks]
-        logits = logits_at(self.model, {name: batch[name] for name in _INPUTS if name in batch}, gap)
+        logits = logits_at(self.model, {name: batch[name] for name in _INPUTS if name in batch}, self.gap(batch))
         return label_scores(logits, self.words[batch["pattern"]])
+
+    def gap(self, batch: Batch) -> Tensor:
+        """Where the gap's masks are in each window, from the first on: ``(windows, masks)``."""
+        return torch.sort(batch["mask_positions"], dim=1, descending=True, stable=True).indices[:, : self.masks]
 
     @override
     def loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, int]:

@@ -1,0 +1,128 @@
+"""Exported graphs in fewer bits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from lightning_ft.export.extras import require
+from lightning_ft.export.parity import PROVIDER, SLOW_FUSIONS
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4"]
+"""What weights and activations are kept in.
+
+- ``fp16``: both; inputs and outputs stay fp32. For GPUs: a CPU converts back and forth.
+- ``int8``: weights with a scale for each channel, activations as they come (dynamic). The fastest on a CPU.
+- ``int8-weights``, ``int4``: weights in blocks of 32; activations stay fp32. For decoders, whose time goes into reading
+  weights; slower than ``int8`` for encoders.
+"""
+
+QUANTISED = ("MatMul", "Gemm", "Gather")
+BLOCK = 32
+
+
+def quantizable(model: ModelProto) -> list[str]:
+    """Names of the nodes that ``int8`` quantises: those with a constant weight matrix."""
+    matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in QUANTISED and any(name in matrices for name in node.input[: 1 if _looks_up(node) else 2])
+    ]
+
+
+def _looks_up(node: Any) -> bool:
+    return bool(node.op_type == "Gather")
+
+
+def quantize(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], precision: Precision, *, keep: Collection[str] = ()
+) -> None:
+    """Write a graph in fewer bits. Nothing is checked here: :func:`lightning_ft.export.export_onnx` does that.
+
+    ``int8`` is also optimised, as ONNX Runtime would when it loads it, but for two fusions that make encoders slower
+    on a CPU (MiniLM, 32x64: 62 ms with them, 48 ms without): load it at the level BASIC, or with
+    :func:`~lightning_ft.export.load_session`.
+
+    Args:
+        source: A ``model.onnx`` in fp32.
+        target: The file to write.
+        precision: What to write it in.
+        keep: Names of nodes that stay in fp32.
+
+    Raises:
+        ImportError: A package of the extra ``export`` is missing.
+        ValueError: ``precision`` is none of those known.
+    """
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}")
+    onnx = require("onnx")
+    model = onnx.load(source)
+    with _quiet():
+        if precision == "fp16":
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            model = convert_float_to_float16(model, keep_io_types=True, node_block_list=list(keep))
+        elif precision == "int8":
+            _int8(model, Path(target), keep)
+            return
+        elif precision != "fp32":
+            model = _weights(model, 4 if precision == "int4" else 8, keep)
+    onnx.save(model, target)
+
+
+def _int8(model: ModelProto, target: Path, keep: Collection[str]) -> None:
+    ort = require("onnxruntime")
+    from onnx import TensorProto
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        raw = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            model,
+            raw,
+            op_types_to_quantize=list(QUANTISED),
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            # A Gemm is made a MatMul of another name first.
+            nodes_to_exclude=[*keep, *(f"{name}_MatMul" for name in keep)],
+            # Some shapes are not inferred in graphs of torch's exporter.
+            extra_options={"DefaultTensorType": TensorProto.FLOAT},
+        )
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(target)
+        ort.InferenceSession(str(raw), options, providers=[PROVIDER], disabled_optimizers=list(SLOW_FUSIONS))
+
+
+def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=list(keep)
+    )
+    quantizer.process()
+    result: ModelProto = quantizer.model.model
+    return result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without ONNX Runtime's advice, which is about its command line, and what it says of each node."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    try:
+        root.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.setLevel(level)
