@@ -5,6 +5,7 @@ from lightning_ft.export.heads import Head
 from lightning_ft.export.hf_folder import export_hf
 from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
+from lightning_ft.export.predictor import Predictor
 from lightning_ft.export.timing import measure_latency
 from lightning_ft.export.wrappers import GraphWrapper, Logits
 
@@ -15,6 +16,7 @@ __all__ = [
     "Head",
     "Logits",
     "ParityError",
+    "Predictor",
     "export_hf",
     "export_onnx",
     "load_session",

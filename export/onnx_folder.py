@@ -6,8 +6,10 @@ import copy
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
+from lightning_ft.export import predictor
 from lightning_ft.export.extras import require
 from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state, trace
@@ -56,8 +59,9 @@ def export_onnx(
     """Export a model to a folder for ONNX Runtime, proved equal to it before the folder appears.
 
     The folder holds ``model.onnx`` (with ``model.onnx.data`` beside it only from 1.5 GiB of weights on), the
-    tokenizer's files, ``config.json``, ``head.json`` (the task, its labels and settings) and ``report.json``. A module
-    of several heads becomes a folder for each task, in one folder that appears when all have passed.
+    tokenizer's files, ``config.json``, ``head.json`` (the task, its labels and settings), ``predictor.py`` (which runs
+    it without this package, where it knows the task) and ``report.json``. A module of several heads becomes a folder
+    for each task, in one folder that appears when all have passed.
 
     Batch and sequence are dynamic axes, and the outputs on ten shapes are compared in ONNX Runtime (CPU) with the
     model's own, computed in evaluation mode with the attention implementation it came with. The error is
@@ -273,6 +277,21 @@ def _relabelled(head: Head, labels: Sequence[str]) -> Head:
     return replace(head, labels=tuple(labels))
 
 
+def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens that a model takes at most; None where nothing says so."""
+    config = getattr(model, "config", None)
+    limits = [tokenizer.model_max_length]
+    with suppress(NotImplementedError):  # XLNet has no limit, and its configuration says so by raising
+        limits.append(getattr(config, "max_position_embeddings", None))
+    embedding = getattr(getattr(model, "base_model", None), "embeddings", None)
+    offset = getattr(embedding, "padding_idx", None)
+    # RoBERTa-like models count positions from the one after padding's on.
+    if limits[-1] and isinstance(offset, int) and hasattr(embedding, "position_embeddings"):
+        limits[-1] -= offset + 1
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1_000_000]
+    return min(known, default=None)
+
+
 def _save_companions(folder: Path, part: Exportable) -> None:
     config = copy.deepcopy(getattr(part.model, "config", None))
     if config is not None:
@@ -282,5 +301,15 @@ def _save_companions(folder: Path, part: Exportable) -> None:
             config.label2id = {label: index for index, label in enumerate(labels)}
         config.save_pretrained(folder)
     part.tokenizer.save_pretrained(folder)
-    text = json.dumps(part.head.as_json(), ensure_ascii=False, indent=2)
+    from lightning_ft.data.encoding import Padding
+
+    padding = Padding.of(part.tokenizer)
+    known = {
+        **part.head.as_json(),
+        "padding": {"token": padding.token, "token_type": padding.token_type, "left": padding.left},
+        "max_length": longest_input(part.model, part.tokenizer),
+    }
+    text = json.dumps(known, ensure_ascii=False, indent=2)
     (folder / "head.json").write_text(text + "\n", encoding="utf-8")
+    if part.tokenizer.is_fast and part.head.task in predictor.TASKS:
+        shutil.copyfile(predictor.__file__, folder / "predictor.py")

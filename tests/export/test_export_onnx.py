@@ -28,7 +28,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_ft.export import GraphWrapper, Head, Logits, ParityError, export_onnx, load_session, measure_latency
+from lightning_ft.export import (
+    GraphWrapper,
+    Head,
+    Logits,
+    ParityError,
+    export_onnx,
+    load_session,
+    measure_latency,
+    predictor,
+)
 from lightning_ft.export.parity import Probe, check_parity, make_probes
 
 # The function of the same name hides the module in the package.
@@ -136,7 +145,10 @@ def test_folder_and_report(exported: SimpleNamespace) -> None:
         "task": "text-classification",
         "labels": ["a", "b", "ć"],
         "settings": {"problem": "single_label"},
+        "padding": {"token": 1, "token_type": 0, "left": False},
+        "max_length": 40,
     }
+    assert (folder / "predictor.py").read_bytes() == Path(predictor.__file__).read_bytes()
     assert AutoTokenizer.from_pretrained(folder)("w2 w9 x")["input_ids"] == [2, 9, 0]
     assert model.config.id2label[0] == "LABEL_0"  # the argument is not changed
 
