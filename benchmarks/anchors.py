@@ -418,7 +418,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024, help="training rows of each of the two tasks")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=3, help="of each of the two tasks")
-    parser.add_argument("--strengths", type=float, nargs="+", default=[1e4, 1e6], help="λ on the second task")
+    parser.add_argument("--strengths", type=float, nargs="+", default=[3e3, 3e4], help="λ on the second task")
     for hidden in ("--model", "--fisher"):
         parser.add_argument(hidden, type=Path, help=SUPPRESS)
     parser.add_argument("--children", nargs="+", help=SUPPRESS)
