@@ -268,8 +268,15 @@ def draw(old: list[Score], results: Results, path: Path) -> None:
         axes.plot(
             across, up, "*" if method == "plain" else "o-", label=method, markersize=14 if method == "plain" else 5
         )
-    axes.axhline(100 * mean(score["test"] for score in old), linestyle=":", color="grey")
-    axes.annotate("before the new task", (0.02, 100 * mean(s["test"] for s in old)), xycoords=("axes fraction", "data"))
+    before = 100 * mean(score["test"] for score in old)
+    axes.axhline(before, linestyle=":", color="grey")
+    axes.annotate(
+        "before the new task",
+        (0.3, before),
+        (0, -12),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+    )
     axes.set_xlabel(f"new task, {NEW}: test accuracy, %")
     axes.set_ylabel(f"old task, {OLD}: test accuracy, %")
     axes.legend(fontsize="small")

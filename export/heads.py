@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,11 @@ _HF: dict[str, Head | None] = {
 }
 """How the name of a Hugging Face class ends, to its head."""
 
-_PROBLEMS = {"multi_label_classification": "multi_label", "regression": "regression"}
+_PROBLEMS = {
+    "single_label_classification": "single_label",
+    "multi_label_classification": "multi_label",
+    "regression": "regression",
+}
 
 
 def hf_head(model: nn.Module) -> Head:
@@ -189,9 +194,15 @@ def hf_head(model: nn.Module) -> Head:
     labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     if head.task == "token-classification":
         return replace(head, labels=labels)
-    default = "regression" if len(labels) == 1 else "single_label"
-    problem = _PROBLEMS.get(model.config.problem_type, "single_label" if model.config.problem_type else default)
+    problem = _problem(model.config)
     return replace(head, labels=() if problem == "regression" else labels, settings={"problem": problem})
+
+
+def _problem(config: Any) -> str:
+    """Of a classifier; where its configuration does not say, one output is a number, and several are classes."""
+    if config.problem_type is None:
+        return "regression" if config.num_labels == 1 else "single_label"
+    return _PROBLEMS[config.problem_type]
 
 
 def _by_name(name: str) -> Head:
@@ -219,10 +230,40 @@ def _read(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     import torch
     import transformers
 
-    names = transformers.AutoConfig.from_pretrained(path).architectures or ["no class"]
+    config = transformers.AutoConfig.from_pretrained(path)
+    names = config.architectures or ["no class"]
     kind = getattr(transformers, names[0], None)
     if kind is None:
         raise TypeError(f"{path}: its config.json names {names[0]}, which transformers does not have: load it yourself")
+    if (module := _ours(path, names[0], config)) is not None:
+        return module, None
     model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    has_tokenizer = any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-    return model, transformers.AutoTokenizer.from_pretrained(path) if has_tokenizer else None
+    return model, transformers.AutoTokenizer.from_pretrained(path) if _has_tokenizer(path) else None
+
+
+def _ours(path: Path, name: str, config: Any) -> TransformerModule | None:
+    """The module of lightning_ft for a folder, which knows the task's metrics; None where there is none."""
+    from lightning_ft import modules
+
+    if not _has_tokenizer(path):
+        return None
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    module: TransformerModule | None = None
+    if name.endswith("ForSequenceClassification"):
+        problem = _problem(config)
+        given = None if problem == "regression" else labels
+        module = modules.SequenceClassification(path, given, problem=problem)  # type: ignore[arg-type]
+    elif name.endswith("ForTokenClassification"):
+        with suppress(ValueError):  # tags of no scheme that is known, such as parts of speech
+            module = modules.TokenClassification(path, labels)
+    elif name.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple")):
+        module = modules.QuestionAnswering(path)
+    elif name.endswith("ForMultipleChoice"):
+        module = modules.MultipleChoice(path)
+    elif name.endswith("ForMaskedLM"):
+        module = modules.MaskedLM(path)
+    return module if module is not None and type(module.model).__name__ == name else None
+
+
+def _has_tokenizer(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))

@@ -14,7 +14,8 @@ class Report:
 
     Args:
         title: What was done, in a few words.
-        facts: Named results; JSON-able values (numbers, strings, booleans, lists, nested mappings).
+        facts: Named results; JSON-able values (numbers, strings, booleans, lists, nested mappings). A list of mappings
+            is printed as a table.
         rows: Rows of a table, each a mapping from column to JSON-able value. All rows share their keys.
 
     Example:
@@ -41,7 +42,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
     def __str__(self) -> str:
-        facts = [f"  {name}: {_cell(value)}" for name, value in self.facts.items()]
+        facts = [line for name, value in self.facts.items() for line in _fact(name, value)]
         return "\n".join([self.title, *facts, *("  " + line for line in format_table(self.rows))])
 
 
@@ -66,6 +67,13 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return "  ".join(aligned).rstrip()
 
     return [line(columns), *(line(values) for values in cells)]
+
+
+def _fact(name: str, value: Any) -> list[str]:
+    """A line, or a table of its own where the value is one."""
+    if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+        return [f"  {name}:", *(f"    {line}" for line in format_table(value))]
+    return [f"  {name}: {_cell(value)}"]
 
 
 def _cell(value: Any) -> str:

@@ -37,3 +37,15 @@ def test_json_holds_everything() -> None:
         == {"title": "Done", "facts": {"nested": {"a": [1, 2]}}, "rows": ROWS}
     )
     assert "ä" in report.to_json()
+
+
+def test_a_fact_that_is_a_table_is_printed_as_one() -> None:
+    report = Report("Tried", {"tries": [{"name": "a", "drop": 0.25}, {"name": "bc", "drop": None}], "left": []})
+    assert str(report).splitlines() == [
+        "Tried",
+        "  tries:",
+        "    name  drop",
+        "    a     0.25",
+        "    bc    -",
+        "  left: []",
+    ]

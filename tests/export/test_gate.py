@@ -230,6 +230,17 @@ def test_only_weights_can_be_named(tmp_path: Path) -> None:
     assert not [kind for kind in kinds if "Quantize" in kind or "Integer" in kind]
 
 
+def test_a_hugging_face_folder_is_judged_too(tmp_path: Path) -> None:
+    module = classifier(tmp_path)
+    data = own_answers(module)
+    export_hf(module, tmp_path / "hf")
+    report = export_onnx(
+        tmp_path / "hf", tmp_path / "out", precision="int8", gate=Gate(data, max_drop=0.1), max_length=24
+    )
+    assert report.facts["gate"][0]["val_accuracy"] == 1.0
+    assert report.facts["gate"][-1]["agreement"] > 0.9
+
+
 class Own(GraphWrapper):
     outputs = ("logits",)
 

@@ -273,6 +273,15 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "head.json").read_text("utf-8"))["labels"] == ["O", "B-PER", "I-PER"]
 
 
+def test_tags_of_no_scheme(tmp_path: Path) -> None:
+    model = make("token-classification", "bert")
+    model.config.id2label = {0: "NOUN", 1: "VERB", 2: "X"}
+    model.save_pretrained(tmp_path / "hf")
+    _words().save_pretrained(tmp_path / "hf")
+    export_onnx(tmp_path / "hf", tmp_path / "out", max_length=8)
+    assert json.loads((tmp_path / "out" / "head.json").read_text("utf-8"))["labels"] == ["NOUN", "VERB", "X"]
+
+
 def test_hugging_face_folder_of_what_generates(tmp_path: Path) -> None:
     """There is a folder for every head, also for those without a graph."""
     module = CausalLM(Architecture(make("feature-extraction", "gpt2").config, tiny_tokenizer(types=False)))
