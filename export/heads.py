@@ -55,7 +55,7 @@ class Exportable:
         tokenizer: The one that it was trained with.
         head: What is to be computed.
         source: Where it came from: a path, or a class.
-        module: The module of lightning_ft around the model, if it is one: it knows the task's metrics.
+        module: The module of lightning_ft that computes the same, if there is one: it knows the task's metrics.
     """
 
     model: nn.Module
@@ -96,7 +96,8 @@ def open_source(
         chosen = head or (hf_head(part) if module is None else own_head(module))
         if (used := tokenizer or there) is None:
             raise ValueError(f"tokenizer: {origin} holds none: pass the one that the model was trained with")
-        result[name] = Exportable(model, used, chosen, origin, module)
+        # With a head of the user's own the graph computes something else than the module does.
+        result[name] = Exportable(model, used, chosen, origin, module if head is None else None)
     return result
 
 
