@@ -95,6 +95,7 @@ def test_gradient_of_value_is_finite_at_the_anchor() -> None:
     assert torch.equal(theta.grad, torch.zeros(3))
 
 
+@pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 @pytest.mark.parametrize("name", FORMS)
 def test_pull_is_a_step_of_gradient_descent(name: str, rate: Any) -> None:
