@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class Gate:
                 if rows[-1]["drop"] <= self.max_drop:
                     os.replace(trial, path)
                     return rows
-                ranked = ranked or self._rank(path, trial, precision, nodes, module, threads, progress)
+                ranked = ranked or self._rank(path, trial, precision, nodes, reference, module, threads, progress)
                 kept = max(1, 2 * kept)
                 if kept > len(nodes) / 2:
                     break
@@ -110,18 +110,19 @@ class Gate:
         trial: Path,
         precision: Precision,
         nodes: list[str],
+        reference: Judgement,
         module: TransformerModule,
         threads: int | None,
         progress: Callable[[str], None],
     ) -> list[str]:
         """Nodes by how close the outputs come when they alone stay in fp32, the closest first."""
-        reference = judge(module, self.data, open_graph(path, threads=threads), batches=RANKED_ON)
+        first = replace(reference, outputs=reference.outputs[:RANKED_ON])
         distances = {}
         for number, node in enumerate(nodes, 1):
             progress(f"leaving out node {number} of {len(nodes)}: {node}")
             quantize(path, trial, precision, keep=[node])
             found = judge(module, self.data, open_graph(trial, threads=threads), batches=RANKED_ON)
-            distances[node] = found.distance(reference)
+            distances[node] = found.distance(first)
         return sorted(nodes, key=lambda node: distances[node])
 
     def _row(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.core.undisturbed import eval_mode
+
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
@@ -24,20 +26,18 @@ def inference_state(model: nn.Module) -> Iterator[None]:
         model: Changed in place, never copied. Each submodule gets its own training flag back: a model whose frozen
             blocks are in evaluation mode inside a model in training mode returns to just that.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     caching = [config for config in _configs(model) if getattr(config, "use_cache", False)]
     try:
-        model.eval().to("cpu")
-        for config in caching:
-            config.use_cache = False
-        with torch.inference_mode(False), torch.no_grad():
-            yield
+        with eval_mode(model.modules()):
+            model.to("cpu")
+            for config in caching:
+                config.use_cache = False
+            with torch.inference_mode(False), torch.no_grad():
+                yield
     finally:
         for config in caching:
             config.use_cache = True
-        for module, training in modes:
-            module.training = training
         model.to(device)  # last: it alone can fail, for want of memory
 
 
