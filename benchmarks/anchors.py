@@ -406,8 +406,9 @@ def setting(part: str, options: Namespace, size: Size, version: str | None) -> s
         "fisher": f"{size.fisher_rows} examples, {2 * size.fisher_rounds} times",
         "tasks": f"{tasks}; {AVALANCHE} {version or 'was left out'}",
     }
-    random = "" if part == "tasks" else f", batches of {size.batch} x {size.length} random tokens"
-    return f"{model}{random}, AdamW, no clipping, seed 0. {said[part]}."
+    if part == "tasks":
+        return f"{model}, AdamW, gradients clipped at 1. {said[part]}."
+    return f"{model}, batches of {size.batch} x {size.length} random tokens, AdamW, no clipping, seed 0. {said[part]}."
 
 
 def main() -> None:

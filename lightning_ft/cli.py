@@ -391,8 +391,9 @@ def export(
         )
     gate = None
     if precision != "fp32":
-        # The labels are the checkpoint's, so that no training file is needed.
-        built = run(["validate", "--config", str(data), "--ckpt_path", source], cli_class=_Built)
+        # A checkpoint's labels are the data's, so that no training file is needed.
+        path = ["--ckpt_path", source] if Path(source).is_file() else []
+        built = run(["validate", "--config", str(data), *path], cli_class=_Built)
         gate = Gate(built.datamodule, max_drop, metric)
     print(
         export_onnx(
