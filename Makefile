@@ -4,10 +4,12 @@ PYTHON ?= python3
 # Processes for the tests, each of one thread; a file's tests stay together.
 JOBS ?= 2
 BIN := $(VENV)/bin
+# What `make test` runs; each of the others has a target of its own.
+QUICK := not slow and not gpu and not kill and not server and not triton
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: .venv demo test test-kill test-slow test-gpu test-lowest lint rivals bench clean
+.PHONY: .venv demo test test-kill test-slow test-gpu test-server test-triton test-lowest lint rivals bench clean
 
 .venv: $(VENV)/installed
 
@@ -22,7 +24,7 @@ demo: .venv
 	$(BIN)/lightning-ft demo
 
 test: .venv
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu and not kill"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "$(QUICK)"
 
 test-kill: .venv
 	$(BIN)/python -m pytest -m kill
@@ -33,12 +35,15 @@ test-slow: .venv
 test-gpu: .venv
 	$(BIN)/python -m pytest -m gpu
 
+test-server: .venv
+	$(BIN)/python -m pytest -m server
+
 # The lowest versions that pyproject.toml admits, in an environment of their own (several GB: torch's CUDA build).
 # Old packages warn about one another, so warnings are no errors here.
 test-lowest:
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet -c constraints-lowest.txt -e ".[test]"
-	.venv-lowest/bin/python -m pytest -W default -m "not slow and not gpu and not kill"
+	.venv-lowest/bin/python -m pytest -W default -m "$(QUICK)"
 
 lint: .venv
 	$(BIN)/ruff check .

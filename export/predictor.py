@@ -28,6 +28,9 @@ class Predictor:
         threads: Threads within one operator; None leaves the choice to ONNX Runtime (all cores).
         batch_size: Rows that are run at once; rows of similar length are put together.
         max_length: Tokens that are kept of a row; by default, and at most, as many as the model takes.
+        session: What runs the graph, with the two methods of an ``onnxruntime.InferenceSession`` that are used here,
+            ``get_inputs()`` and ``run(names, feed)``: a graph that a server holds. ``provider`` and ``threads`` then
+            mean nothing.
 
     Raises:
         FileNotFoundError: The folder is not an exported one.
@@ -49,9 +52,10 @@ class Predictor:
         threads: int | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
+        session: Any = None,
     ) -> None:
         place = Path(__file__).parent if folder is None else Path(folder)
-        for name in ("head.json", "model.onnx", "tokenizer.json"):
+        for name in ("head.json", "tokenizer.json", *(("model.onnx",) if session is None else ())):
             if not (place / name).is_file():
                 raise FileNotFoundError(f"{place / name} does not exist: give a folder that lightning-ft export wrote")
         head = json.loads((place / "head.json").read_text(encoding="utf-8"))
@@ -70,7 +74,7 @@ class Predictor:
         self.batch_size = batch_size
         self.max_length: int | None = limit if max_length is None else max_length
         self._tokenizer = self._load_tokenizer(place)
-        self._session = self._load_graph(place, provider, threads)
+        self._session = self._load_graph(place, provider, threads) if session is None else session
         self._inputs = [entry.name for entry in self._session.get_inputs()]
 
     def __call__(self, rows: Any) -> Any:
@@ -91,7 +95,32 @@ class Predictor:
         """
         if not isinstance(rows, list):
             return self([rows])[0]
-        items = [self._pairs(row, number) for number, row in enumerate(rows)]
+        return self.answer(self.encode(rows))
+
+    def encode(self, rows: Sequence[Any]) -> list[Any]:
+        """Check and tokenise rows: the first half of a call, which needs no graph.
+
+        Args:
+            rows: As in a call.
+
+        Returns:
+            An item for each row, for :meth:`answer`; its type is no one else's business.
+
+        Raises:
+            TypeError: A row that is none of those a call takes.
+            ValueError: A row without a text.
+        """
+        return [self._pairs(row, number) for number, row in enumerate(rows)]
+
+    def answer(self, items: Sequence[Any]) -> list[Any]:
+        """Run items of :meth:`encode`, which may have come from several calls: the second half of a call.
+
+        Args:
+            items: What :meth:`encode` gave.
+
+        Returns:
+            A mapping for each item, as a call returns.
+        """
         found: list[Any] = [None] * len(items)
         for chosen in self._batches(items):
             for number, answer in zip(chosen, self._run([items[i] for i in chosen]), strict=True):
@@ -124,7 +153,7 @@ class Predictor:
             raise TypeError(f"row {number}: expected a mapping with context and choices, two or more")
         return [(row.get("context"), choice) for choice in choices]
 
-    def _batches(self, items: list[list[Any]]) -> Iterator[list[int]]:
+    def _batches(self, items: Sequence[list[Any]]) -> Iterator[list[int]]:
         """Numbers of rows that are run together: of similar length, with as many choices."""
         lengths = [max(len(part.ids) for part in item) for item in items]
         order = sorted(range(len(items)), key=lambda i: (len(items[i]), lengths[i]))
