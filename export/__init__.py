@@ -1,5 +1,6 @@
 """Fine-tuned models as folders that a serving runtime loads, proved equal to the model before they are written."""
 
+from lightning_ft.export.benchmark import benchmark
 from lightning_ft.export.gate import Gate, GateError
 from lightning_ft.export.heads import Head
 from lightning_ft.export.hf_folder import export_hf
@@ -17,6 +18,7 @@ __all__ = [
     "Logits",
     "ParityError",
     "Predictor",
+    "benchmark",
     "export_hf",
     "export_onnx",
     "load_session",
