@@ -45,7 +45,8 @@ def benchmark(
     median over neighbouring passes; the ratios of a contestant to itself, A' over A, say what of it is noise.
 
     Args:
-        artefacts: An exported folder (or a file ``.onnx``), or several by name.
+        artefacts: An exported folder, or several by name. A file ``.onnx`` is one of any origin: it is opened as ONNX
+            Runtime does by default, not as :func:`~lightning_ft.export.load_session` does.
         source: The checkpoint or Hugging Face folder that they were exported from, for PyTorch. By default the one
             that the first folder's ``report.json`` names; PyTorch is left out where it is gone.
         task: Which of the source's heads, of several.

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from lightning_ft.export.heads import open_source
-from lightning_ft.export.parity import open_graph
+from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
 from lightning_ft.export.timing import Runtime
 from lightning_ft.export.wrappers import graph_inputs
 
 SMALLEST = 32
 """Tokens that any vocabulary has, for a graph that lies alone."""
+
+CHOICES = 2
 
 Step = Callable[[], object]
 Prepare = Callable[[int, int], Step]
@@ -55,18 +57,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def of_graph(path: Path, threads: int) -> Prepare:
-    """A graph in ONNX Runtime, as :func:`~lightning_ft.export.load_session` opens it."""
+    """A folder's graph as :func:`~lightning_ft.export.load_session` opens it, a file's as ONNX Runtime does itself."""
     graph = path / "model.onnx" if path.is_dir() else path
-    session = open_graph(graph, threads=threads)
+    session = open_graph(graph, threads=threads, fusions_off=SLOW_FUSIONS if path.is_dir() else ())
     config = graph.with_name("config.json")
     known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     vocabulary = known.get("vocab_size", SMALLEST)
 
     def prepare(batch: int, length: int) -> Step:
-        sizes = {"batch": batch, "sequence": length, "choices": 2}
         feed = {}
         for entry in session.get_inputs():
-            shape = [sizes[size] if isinstance(size, str) else size for size in entry.shape]
+            # Rows come first and tokens last, whatever others call these axes.
+            sizes = [
+                CHOICES if name == "choices" else length if axis else batch for axis, name in enumerate(entry.shape)
+            ]
+            shape = [known if isinstance(known, int) else size for known, size in zip(entry.shape, sizes, strict=True)]
             feed[entry.name] = _values(entry.name, shape, vocabulary).numpy()
         return lambda: session.run(None, feed)
 

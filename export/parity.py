@@ -63,15 +63,17 @@ def load_session(folder: str | os.PathLike[str], *, threads: int | None = None) 
     return open_graph(path, threads=threads)
 
 
-def open_graph(path: Path, *, threads: int | None = None) -> InferenceSession:
-    """:func:`load_session` of a graph's own file."""
+def open_graph(
+    path: Path, *, threads: int | None = None, fusions_off: Sequence[str] = SLOW_FUSIONS
+) -> InferenceSession:
+    """:func:`load_session` of a graph's own file, with some optimisers of ONNX Runtime left out."""
     if threads is not None and threads < 1:
         raise ValueError(f"threads: expected 1 or more, or None, got {threads}")
     ort = require("onnxruntime")
     options = ort.SessionOptions()
     if threads is not None:
         options.intra_op_num_threads = threads
-    session = ort.InferenceSession(str(path), options, providers=[PROVIDER], disabled_optimizers=list(SLOW_FUSIONS))
+    session = ort.InferenceSession(str(path), options, providers=[PROVIDER], disabled_optimizers=list(fusions_off))
     # A provider that cannot start is replaced in silence; a proof must know what it ran on.
     if session.get_providers() != [PROVIDER]:
         raise RuntimeError(f"expected {PROVIDER} alone, got {session.get_providers()}")
