@@ -82,12 +82,12 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
         warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
         program = torch.onnx.export(
             wrapper,
-            kwargs=dict(sample),
+            kwargs=wrapper.arguments(sample),
             dynamo=True,
             opset_version=opset,
             input_names=list(sample),
             output_names=list(wrapper.outputs),
-            dynamic_shapes={name: dict(wrapper.axes(name)) for name in sample},
+            dynamic_shapes=wrapper.arguments({name: dict(wrapper.axes(name)) for name in sample}),
             verbose=False,
         )
     assert program is not None  # only the TorchScript exporter returns None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,7 +140,7 @@ def run_onnx(session: InferenceSession, probe: Probe) -> dict[str, Tensor]:
 
 
 def check_parity(
-    session: InferenceSession,
+    run: InferenceSession | Callable[[Probe], Mapping[str, Tensor]],
     probes: Sequence[Probe],
     expected: Sequence[Mapping[str, Tensor]],
     *,
@@ -152,7 +153,7 @@ def check_parity(
     relative to the scale of the logits, not to single ones, which may be near zero by cancellation.
 
     Args:
-        session: The graph.
+        run: The graph, or what computes outputs of a probe with several.
         probes: What to run it on.
         expected: The model's outputs, one mapping a probe.
         tolerance: Largest error allowed.
@@ -165,13 +166,14 @@ def check_parity(
         ParityError: A probe errs by more than ``tolerance`` or not by a number, gives other names or shapes, or
             cannot be run at all.
     """
+    compute = run if callable(run) else partial(run_onnx, run)
     compared = [_read(values, probe, per_token) for probe, values in zip(probes, expected, strict=True)]
     scale = {name: max(float(values[name].abs().max()) for values in compared) or math.ulp(0.0) for name in expected[0]}
     rows, problems = [], []
     for probe, whole, wanted in zip(probes, expected, compared, strict=True):
         absolute = relative = math.inf
         try:
-            got = run_onnx(session, probe)
+            got = compute(probe)
             _check_shapes(got, whole)
             absolute, relative = _difference(_read(got, probe, per_token), wanted, scale)
         except Exception as error:  # noqa: BLE001  ONNX Runtime's exceptions share no other base; reported below
