@@ -1,4 +1,4 @@
-"""Tokens from exported decoders: the most probable ones, drawn ones, or a beam search. It needs numpy and sessions alone.
+"""Tokens from exported decoders: the most probable, drawn, or of a beam search. It needs numpy and sessions alone.
 
 Results equal those of transformers' ``generate`` with the same settings (sampling: in distribution).
 """
@@ -498,7 +498,7 @@ class _Ended:
         self.lengths = np.take_along_axis(lengths, best, 1)
 
     def can_improve(self, scores: Array, new: int, settings: GenerationSettings) -> Array:
-        """Whether the best text that goes on could still become better than the worst that has ended, ``(batch, 1)``."""
+        """Whether the best text that goes on could still beat the worst that has ended, ``(batch, 1)``."""
         forever = settings.early_stopping == "never" and settings.length_penalty > 0
         length = float(settings.max_new_tokens if forever else new)
         hoped = scores[:, :1] / np.float32(length**settings.length_penalty)

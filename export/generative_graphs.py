@@ -62,14 +62,13 @@ class _Generative(Graphs):
 
     def _greedy(self, ids: Tensor, mask: Tensor, settings: GenerationSettings) -> tuple[Tensor, Tensor]:
         """What ``generate`` writes, ``(batch, new)``, and by which scores, ``(batch, new, vocabulary)``."""
-        # Into tensors of this model's device: the CPU, in an export.
-        found = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=generation_config(settings),
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
+        config = generation_config(settings, return_dict_in_generate=True, output_scores=True)
+        # In place of the model's own, from which `generate` takes whatever another one leaves open.
+        own, self.model.generation_config = self.model.generation_config, config
+        try:
+            found = self.model.generate(input_ids=ids, attention_mask=mask)
+        finally:
+            self.model.generation_config = own
         scores = torch.stack(found.scores, 1)
         return found.sequences[:, -scores.shape[1] :], scores
 
@@ -100,21 +99,21 @@ def _same(
     return count
 
 
-def generation_config(settings: GenerationSettings) -> Any:
-    """The settings as transformers has them."""
+def generation_config(settings: GenerationSettings, **more: Any) -> Any:
+    """The settings as transformers has them, without those that have no effect, of which it would warn."""
     from transformers import GenerationConfig
 
-    given = {name: value for name, value in vars(settings).items() if value != () and value is not None}
-    if not settings.do_sample:
-        for name in ("temperature", "top_k", "top_p", "min_p"):
-            given.pop(name)
-    if not settings.min_p:
-        given.pop("min_p", None)
-    if settings.num_beams == 1:
-        given.pop("length_penalty"), given.pop("early_stopping")
-    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    start = settings.decoder_start_token_id
-    return GenerationConfig(**lists | ({"decoder_start_token_id": start[0]} if len(start) == 1 else {}))
+    given = {name: _lists(value) for name, value in vars(settings).items() if value not in ((), None)}
+    idle = [name for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size", "min_p") if not given[name]]
+    idle += () if settings.do_sample else ("temperature", "top_k", "top_p", "min_p")
+    idle += () if settings.num_beams > 1 else ("length_penalty", "early_stopping")
+    if len(start := settings.decoder_start_token_id) == 1:
+        given["decoder_start_token_id"] = start[0]
+    return GenerationConfig(**{name: value for name, value in given.items() if name not in idle}, **more)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple | list) else value
 
 
 class CausalGraphs(_Generative):
@@ -132,6 +131,7 @@ class CausalGraphs(_Generative):
         super().__init__(model, {MODEL: self.step}, settings)
 
     def decoder(self, sessions: Sessions) -> CausalDecoder:
+        """The graph, to be generated with."""
         return CausalDecoder(sessions[MODEL])
 
     def probes(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> list[Probe]:
@@ -191,6 +191,7 @@ class Seq2SeqGraphs(_Generative):
         super().__init__(model, {ENCODER: self.encoder, DECODER: self.step}, settings)
 
     def decoder(self, sessions: Sessions) -> EncoderDecoder:
+        """The graphs, to be generated with."""
         start = self.settings.decoder_start_token_id
         return EncoderDecoder(sessions[ENCODER], sessions[DECODER], start=start)
 
@@ -283,9 +284,9 @@ def generation_settings(config: Any, **chosen: Any) -> GenerationSettings:
     result = {name: known[name] for name in GenerationSettings.__dataclass_fields__ if known.get(name) is not None}
     for name in ("eos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
         if isinstance(value := result.get(name, []), int):
-            value = [value]
-        result[name] = tuple(value)
-    return GenerationSettings(**{n: tuple(v) if isinstance(v, list) else v for n, v in result.items()})
+            result[name] = [value]
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in result.items()}
+    return GenerationSettings(**plain)
 
 
 _NEUTRAL = (

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 _NO_CACHE = (
-    "{} keeps no keys and values of tokens for each layer (a state space model, one that reads sounds, or XLNet?), which "
+    "{} keeps no keys and values of tokens for each layer (a state space model, or XLNet?), which "
     "the graph would hand on: give a `head` with a GraphWrapper of your own"
 )
 
@@ -105,8 +105,8 @@ class SourceEncoder(GraphWrapper):
 
     Inputs are ``input_ids`` and ``attention_mask``, ``(batch, source)``; outputs ``cross.{i}.key`` and
     ``cross.{i}.value``, ``(batch, heads, source, width)``. The decoder needs nothing else of the source, and computes
-    nothing of it anew: so that one graph of it does for the first token and all others, and no weights are written twice
-    but the embeddings that both share.
+    nothing of it anew: so that one graph of it does for the first token and all others, and no weights are written
+    twice but the embeddings that both share.
 
     Args:
         model: An encoder-decoder of transformers.

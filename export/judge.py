@@ -28,7 +28,7 @@ METRICS = {
     "CausalLM": "val_perplexity",
     "Seq2Seq": "val_loss",
 }
-"""What counts for each head; of regression it is ``val_pearson``, of an encoder-decoder with labels ``val_accuracy``."""
+"""What counts for each head; of regression ``val_pearson``, of an encoder-decoder with labels ``val_accuracy``."""
 
 PERCENT = ("QuestionAnswering",)
 WRITERS = ("CausalLM", "Seq2Seq")
