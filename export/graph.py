@@ -60,6 +60,31 @@ def attention(model: nn.Module, implementation: str) -> Iterator[None]:
             config._attn_implementation = name
 
 
+@contextmanager
+def rounded(model: nn.Module, *, seed: int, unit: float = 2.0**-22) -> Iterator[None]:
+    """Run the model with noise at the size of rounding errors: on what each of its layers gives.
+
+    Args:
+        model: Has hooks in the meantime.
+        seed: Of the noise, whose generator is private.
+        unit: Its standard deviation, relative to each value. The last place of fp32 is 2⁻²³, and sums have several.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        return output * (1 + unit * torch.randn(output.shape, generator=generator))
+
+    leaves = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(disturb) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _configs(model: nn.Module) -> list[Any]:
     found = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in found if config is not None}.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +60,16 @@ class Graphs(ABC):
     def replacements(self, module: TransformerModule, sessions: Sessions) -> dict[str, Callable[..., Any]]:
         """Methods of a module, by name, with the graphs in its model's place."""
 
-    def prove(self, sessions: Sessions, probes: Sequence[Probe], *, tolerance: float) -> dict[str, Any]:
+    rounding: Callable[[Probe], Iterable[Mapping[str, Tensor]]] | None = None
+    """The outputs with other rounding errors; None where errors are the same on all inputs, see ``check_parity``."""
+
+    def prove(self, sessions: Sessions, probes: Sequence[Probe], *, error: float) -> dict[str, Any]:
         """What else is to be equal, beyond outputs.
+
+        Args:
+            sessions: The graphs.
+            probes: What they were compared on.
+            error: The largest difference seen there.
 
         Returns:
             What was found, for the report.

@@ -160,11 +160,16 @@ def _export(
     exported = time.perf_counter()
     progress(f"comparing {len(probes)} shapes in ONNX Runtime")
     sessions = {name: open_graph(folder / name) for name in graphs.files}
-    rows = check_parity(
-        partial(graphs.run, sessions), probes, expected, tolerance=tolerance, per_token=graphs.per_token
-    )
     with inference_state(model):
-        proof = graphs.prove(sessions, probes, tolerance=tolerance)
+        rows = check_parity(
+            partial(graphs.run, sessions),
+            probes,
+            expected,
+            tolerance=tolerance,
+            per_token=graphs.per_token,
+            rounding=graphs.rounding,
+        )
+        proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
         trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)

@@ -73,7 +73,7 @@ def quantize(
     onnx = require("onnx")
     model = onnx.load(source)
     large = model.ByteSize() > LARGE
-    if precision != "fp32":
+    if precision not in ("fp32", "fp16"):
         untie(model)
     with _quiet():
         if precision == "fp16":
@@ -92,7 +92,7 @@ def quantize(
 
 
 def save(model: ModelProto, target: Path) -> None:
-    """Write a graph; from 1.5 GiB on with its weights in a file of their own, as no larger one can be read in one piece."""
+    """Write a graph; from 1.5 GiB on with its weights in a file beside it: no larger one can be read in one piece."""
     onnx = require("onnx")
     large = model.ByteSize() > LARGE
     onnx.save(model, target, save_as_external_data=large, location=f"{target.name}.data" if large else None)
