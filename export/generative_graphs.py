@@ -42,7 +42,7 @@ class _Generative(Graphs):
         """The graphs, to be generated with."""
         raise NotImplementedError
 
-    def rounding(self, probe: Probe) -> Iterator[dict[str, Tensor]]:  # type: ignore[override]
+    def rounding(self, probe: Probe) -> Iterator[dict[str, Tensor]]:
         """The model's outputs with noise at the size of rounding errors, three times."""
         for seed in range(3):
             with rounded(self.model, seed=seed):

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,7 @@ class TextGenerator:
             text: str = environment.from_string(template).render(
                 messages=messages, add_generation_prompt=True, **self._known["prompt"]["special"]
             )
-        except (TemplateError, _Refused) as error:
+        except (TemplateError, _RefusalError) as error:
             raise ValueError(f"row {number}: the chat template refuses the conversation ({error})") from None
         return text
 
@@ -280,12 +280,12 @@ class TextGenerator:
         return {"label": self.labels[best], "score": float(shares[best]), "probabilities": shares.tolist()}
 
 
-class _Refused(Exception):
+class _RefusalError(Exception):
     """What a chat template raises."""
 
 
 def _refuse(message: str) -> None:
-    raise _Refused(message)
+    raise _RefusalError(message)
 
 
 def fill_template(template: str, instruction: str, extra: str) -> str:
