@@ -8,13 +8,13 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ft.core.files import atomic_folder, sha256
@@ -23,14 +23,15 @@ from lightning_ft.export import predictor
 from lightning_ft.export.extras import require
 from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state, trace
+from lightning_ft.export.graphs import as_graphs
 from lightning_ft.export.heads import Exportable, Head, open_source
-from lightning_ft.export.parity import check_parity, load_session, make_probes, run_torch
+from lightning_ft.export.parity import check_parity, open_graph
 from lightning_ft.export.quantize import Precision
-from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from lightning_ft.export.graphs import Graphs
     from lightning_ft.export.parity import Probe
 
 log = logging.getLogger(__name__)
@@ -143,38 +144,43 @@ def _export(
     """One graph, with its companions, into a folder of its own."""
     onnx = require("onnx")
     model, tokenizer, head = part.model, part.tokenizer, part.head
-    graph = head.wrap(model)
-    names = graph_inputs(model, tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    probes = [
-        probe._replace(inputs=graph.sample(probe.inputs, generator))
-        for probe in make_probes(tokenizer, names, max_length=max_length)
-    ]
     folder.mkdir(exist_ok=True)
-    path = folder / "model.onnx"
     started = time.perf_counter()
     with inference_state(model):
-        expected = _reference(graph.eval(), probes)
-        sample = next(probe for probe in probes if probe.padded).inputs
-        progress(f"exporting {type(model).__name__}: inputs {', '.join(sample)}, opset {opset}")
-        with attention(model, "eager"):
-            program = trace(graph, sample, opset=opset)
-        program.save(path)
-    onnx.checker.check_model(path)
+        graphs = as_graphs(head.wrap(model))
+        probes = graphs.probes(tokenizer, max_length=max_length)
+        expected = _reference(graphs, probes)
+        samples = graphs.samples(probes)
+        for name, wrapper in graphs.files.items():
+            inputs = ", ".join(_shortened(samples[name]))
+            progress(f"exporting {type(model).__name__} to {name}: inputs {inputs}, opset {opset}")
+            with attention(model, "eager"):
+                trace(wrapper.eval(), samples[name], opset=opset).save(folder / name)
+            onnx.checker.check_model(folder / name)
     exported = time.perf_counter()
     progress(f"comparing {len(probes)} shapes in ONNX Runtime")
-    rows = check_parity(load_session(folder), probes, expected, tolerance=tolerance, per_token=graph.per_token)
+    sessions = {name: open_graph(folder / name) for name in graphs.files}
+    with inference_state(model):
+        rows = check_parity(
+            partial(graphs.run, sessions),
+            probes,
+            expected,
+            tolerance=tolerance,
+            per_token=graphs.per_token,
+            rounding=graphs.rounding,
+        )
+        proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
-        trials = gate.reduce(path, precision, part.module, progress=progress)
+        trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)
     _save_companions(folder, part)
     facts = {
         "model": type(model).__name__,
         "source": part.source,
         "task": head.task,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "inputs": list(sample),
-        "outputs": list(graph.outputs),
+        "inputs": _of_files({name: list(samples[name]) for name in graphs.files}),
+        "outputs": _of_files({name: list(wrapper.outputs) for name, wrapper in graphs.files.items()}),
         "labels": len(head.labels),
         "precision": precision,
         **({"gate": trials} if trials else {}),
@@ -183,9 +189,10 @@ def _export(
         "tolerance": tolerance,
         "worst absolute difference": max(row["absolute"] for row in rows),
         "worst relative difference": max(row["relative"] for row in rows),
+        **({"written alike": proof} if proof else {}),
         "export_seconds": round(exported - started, 2),
         "parity_seconds": round(time.perf_counter() - exported, 2),
-        "sha256": sha256(path),
+        "sha256": _of_files({name: sha256(folder / name) for name in graphs.files}),
         "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         "versions": {name: require(name).__version__ for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
@@ -200,14 +207,24 @@ def _together(reports: Mapping[str, Report]) -> Report:
     return Report("Exported to ONNX", {name: report.facts for name, report in reports.items()}, rows)
 
 
-def _reference(graph: GraphWrapper, probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
-    model, expected = graph.model, []
+def _of_files(facts: Mapping[str, Any]) -> Any:
+    """By file, where there are several."""
+    return facts if len(facts) > 1 else next(iter(facts.values()))
+
+
+def _shortened(names: Iterable[str]) -> list[str]:
+    """Without the caches of all layers but the first."""
+    return [name for name in names if "." not in name or ".0." in name]
+
+
+def _reference(graphs: Graphs, probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
+    model, expected = graphs.model, []
     config = getattr(model, "config", None)
     # Flash attention has no CPU kernel; eager computes the same.
     with attention(model, name if (name := getattr(config, "_attn_implementation", "")) in CPU_ATTENTION else "eager"):
         for probe in probes:
             try:
-                expected.append(run_torch(graph, probe))
+                expected.append(graphs.expected(probe))
             except (IndexError, RuntimeError) as error:
                 if probe.length < MIN_LENGTH:  # nothing to do with length
                     raise
