@@ -63,14 +63,16 @@ def atomic_folder(target: str | os.PathLike[str], *, replace: Callable[[Path], b
     # Of a link the folder that it points to is replaced, never the link.
     place = Path(os.path.realpath(target))
     previous = place.with_name(place.name + PREVIOUS)
-    for path in (place, *((previous,) if _full(place) else ())):
-        _check(path, replace)
     place.parent.mkdir(parents=True, exist_ok=True)
-    _clean(place)
+    with _turn(place.parent):
+        for path in (place, *((previous,) if _full(place) else ())):
+            _check(path, replace)
+        _clean(place)
     with _beside(place) as temporary:
         yield temporary
         _sync(temporary)
-        _put(temporary, place, previous, replace)
+        with _turn(place.parent):
+            _put(temporary, place, previous, replace)
         _sync_one(place.parent)
 
 
@@ -88,7 +90,7 @@ def _check(path: Path, replace: Callable[[Path], bool] | None) -> None:
 def _put(temporary: Path, place: Path, previous: Path, replace: Callable[[Path], bool] | None) -> None:
     """Let the new folder take its place; what is at ``temporary`` afterwards is deleted by the caller.
 
-    The steps are tried until one fits: another process may do the same at any moment.
+    The steps are tried until one fits: where there are no locks, another process may do the same at any moment.
     """
     try:
         while True:
@@ -151,6 +153,17 @@ def _while_occupied() -> Iterator[None]:
 
 
 @contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """One process after another, each for a few renames; all at once where there are no locks."""
+    lock = _lock(folder, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
 def _beside(place: Path) -> Iterator[Path]:
     """A new folder that no other process takes for abandoned; deleted in the end, if it is still there."""
     lock: int | None
@@ -168,7 +181,7 @@ def _beside(place: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def _lock(folder: Path, *, wait: bool = False) -> int | None:
     """A descriptor that holds the folder's lock; TAKEN if another process does, None if there are no locks."""
     try:
         import fcntl
@@ -179,7 +192,7 @@ def _lock(folder: Path) -> int | None:
     except (ImportError, OSError):
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         os.close(descriptor)
         return TAKEN
