@@ -94,8 +94,7 @@ def _put(temporary: Path, place: Path, previous: Path, replace: Callable[[Path],
     """
     try:
         while True:
-            with _while_occupied():
-                os.replace(temporary, place)  # nothing there, or an empty folder
+            if _rename(temporary, place):
                 return
             _check(place, replace)
             with suppress(FileNotFoundError):
@@ -104,8 +103,7 @@ def _put(temporary: Path, place: Path, previous: Path, replace: Callable[[Path],
                 if _in_two_steps(temporary, place, previous):
                     return
         while True:
-            with _while_occupied():
-                os.replace(temporary, previous)
+            if _rename(temporary, previous):
                 return
             with suppress(FileNotFoundError):
                 if exchange(temporary, previous):
@@ -126,10 +124,7 @@ def _in_two_steps(temporary: Path, place: Path, previous: Path) -> bool:
         os.replace(previous, aside)
     try:
         os.replace(place, previous)
-        with _while_occupied():
-            os.replace(temporary, place)
-            return True
-        return False
+        return _rename(temporary, place)
     except BaseException:
         with suppress(OSError):
             os.replace(previous, place)
@@ -138,15 +133,16 @@ def _in_two_steps(temporary: Path, place: Path, previous: Path) -> bool:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-@contextmanager
-def _while_occupied() -> Iterator[None]:
-    """Go on after a rename onto a folder with content."""
+def _rename(source: Path, target: Path) -> bool:
+    """Whether it was done: it is where there is nothing, or an empty folder."""
     try:
-        yield
+        os.replace(source, target)
     except OSError as error:
         # Windows refuses any rename onto a folder.
-        if error.errno not in _OCCUPIED and not (os.name == "nt" and isinstance(error, PermissionError)):
-            raise
+        if error.errno in _OCCUPIED or (os.name == "nt" and isinstance(error, PermissionError)):
+            return False
+        raise
+    return True
 
 
 # ---- the folder beside
