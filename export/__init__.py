@@ -7,6 +7,7 @@ from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
 from lightning_ft.export.predictor import Predictor
 from lightning_ft.export.timing import measure_latency
+from lightning_ft.export.verify import VerificationError, verify
 from lightning_ft.export.wrappers import GraphWrapper, Logits
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "Logits",
     "ParityError",
     "Predictor",
+    "VerificationError",
     "export_hf",
     "export_onnx",
     "load_session",
     "measure_latency",
+    "verify",
 ]

@@ -56,6 +56,7 @@ class Exportable:
         head: What is to be computed.
         source: Where it came from: a path, or a class.
         module: The module of lightning_ft that computes the same, if there is one: it knows the task's metrics.
+        reference: The model that the source holds, where ``model`` was made of it: what the graph is compared with.
     """
 
     model: nn.Module
@@ -63,6 +64,17 @@ class Exportable:
     head: Head
     source: str
     module: TransformerModule | None = None
+    reference: nn.Module | None = None
+
+    @property
+    def original(self) -> nn.Module:
+        """What the source computes with."""
+        return self.model if self.reference is None else self.reference
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Both, or the one."""
+        return [self.model] if self.reference is None else [self.model, self.reference]
 
 
 def open_source(

@@ -83,8 +83,8 @@ def _full(path: Path) -> bool:
 def _check(path: Path, replace: Callable[[Path], bool] | None) -> None:
     if not _full(path) or (replace is not None and path.is_dir() and replace(path)):
         return
-    kind = "is not an empty folder" if replace is None else "is neither an empty folder nor one that was written here"
-    raise FileExistsError(f"{path} exists and {kind}: name another one, or move it away")
+    else_ours = "" if replace is None else ", nor one that was written here"
+    raise FileExistsError(f"{path} exists and is not an empty folder{else_ours}: name another one, or move it away")
 
 
 def _put(temporary: Path, place: Path, previous: Path, replace: Callable[[Path], bool] | None) -> None:
