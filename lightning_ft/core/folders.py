@@ -172,9 +172,11 @@ def _beside(place: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None and lock >= 0:
-            os.close(lock)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            if lock is not None and lock >= 0:
+                os.close(lock)
 
 
 def _lock(folder: Path, *, wait: bool = False) -> int | None:
@@ -207,9 +209,11 @@ def _clean(place: Path) -> None:
         lock = _lock(left)
         if lock == TAKEN or (lock is None and _alive(int(number))):
             continue
-        shutil.rmtree(left, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        try:
+            shutil.rmtree(left, ignore_errors=True)
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 def _alive(process: int) -> bool:

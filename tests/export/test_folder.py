@@ -220,7 +220,7 @@ def test_stopped_at_every_file_operation(tmp_path: Path) -> None:
         assert found in (version, version + 1)
         if number % 4 == 0 or not steps.stopped:
             assert export_hf(module, tmp_path / "out").facts["version"] == found + 1
-            assert names(tmp_path) == ["out", "out.previous"]
+            assert names(tmp_path) == ["out", "out.previous"], number
             found += 1
         version = found
         if not steps.stopped:
