@@ -1,5 +1,6 @@
 """Fine-tuned models as folders that a serving runtime loads, proved equal to the model before they are written."""
 
+from lightning_ft.export.fallback import ExportError
 from lightning_ft.export.gate import Gate, GateError
 from lightning_ft.export.heads import Head
 from lightning_ft.export.hf_folder import export_hf
@@ -11,6 +12,7 @@ from lightning_ft.export.verify import VerificationError, verify
 from lightning_ft.export.wrappers import GraphWrapper, Logits
 
 __all__ = [
+    "ExportError",
     "Gate",
     "GateError",
     "GraphWrapper",

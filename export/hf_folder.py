@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
+from lightning_ft.export.bake import baked, core_model
 from lightning_ft.export.heads import read_models
 from lightning_ft.export.manifest import is_export, provenance, seal
 
@@ -50,7 +51,7 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
     rows, sources = [], {}
     with atomic_folder(out, replace=is_export) as folder:
         for name, (part, tokenizer) in read_models(source).items():
-            model = part.model if isinstance(part, TransformerModule) else part
+            model, done = baked(core_model(part.model if isinstance(part, TransformerModule) else part))
             if not isinstance(model, PreTrainedModel):
                 raise TypeError(
                     f"source: expected a module of lightning_ft or of transformers, got {type(part).__name__}: give "
@@ -68,6 +69,7 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
                     **row,
                     "model": type(model).__name__,
                     "parameters": model.num_parameters(),
+                    "baked": ", ".join(done),
                     "tokenizer": tokenizer is not None,
                     "bytes": sum(file.stat().st_size for file in place.iterdir()),
                     "sha256": " ".join(sha256(file)[:16] for file in sorted(place.glob("*.safetensors"))),

@@ -19,10 +19,14 @@ from torch import nn
 from lightning_ft.core.files import atomic_folder
 from lightning_ft.core.report import Report
 from lightning_ft.export import predictor
+from lightning_ft.export.averaged import averaged
+from lightning_ft.export.bake import check_depth
 from lightning_ft.export.compare import MIN_LENGTH, prepare, reference
+from lightning_ft.export.ensemble import Ensemble
 from lightning_ft.export.extras import require
+from lightning_ft.export.fallback import write_graph
 from lightning_ft.export.gate import Gate
-from lightning_ft.export.graph import attention, inference_state, trace
+from lightning_ft.export.graph import attention, inference_state
 from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.manifest import is_export, provenance, seal
 from lightning_ft.export.parity import check_parity, load_session
@@ -43,6 +47,7 @@ def export_onnx(
     *,
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    members: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     labels: Sequence[str] = (),
     precision: Precision = "fp32",
     gate: Gate | None = None,
@@ -69,12 +74,16 @@ def export_onnx(
 
     Args:
         source: A Lightning checkpoint of a lightning_ft module, a Hugging Face folder with safetensors, a lightning_ft
-            module, a Hugging Face model, or any other module with ``head``. A module is neither copied nor changed:
-            training flags, attention implementation and device are restored, also after an error.
+            module, a Hugging Face model, or any other module with ``head``. A module is not changed: training flags,
+            attention implementation and device are restored, also after an error. One with adapters of peft, pruning
+            masks, parametrisations or compiled parts is copied, these are merged into the copy's weights
+            (:func:`lightning_ft.export.bake.baked`), and its graph is compared with the module as it is.
         out: Folder to create, or an earlier export to replace, which is kept as ``OUT.previous``
             (:func:`lightning_ft.core.folders.atomic_folder`).
         head: What to export; found by the class of the model by default.
         tokenizer: The one the model was trained with; by default the one that came with it.
+        members: The folder of a :class:`~lightning_ft.callbacks.SnapshotEnsemble`, or files of it: the graph then
+            answers as they do together. ``source`` is any checkpoint of the run.
         labels: Names of the classes, by index. Empty: the head's.
         precision: What the graph is written in: ``"fp32"``, ``"fp16"`` (for GPUs), ``"int8"`` (the fastest on a CPU),
             ``"int8-weights"`` or ``"int4"`` (for decoders).
@@ -91,6 +100,7 @@ def export_onnx(
 
     Raises:
         FileExistsError: ``out`` is a file, or a folder with content that is no export.
+        ExportError: Neither torch nor transformers.exporters can make a graph of the model.
         FileNotFoundError: There is no such source.
         GateError: The graph in fewer bits does not do its task. Nothing is written.
         ImportError: A package of the extra ``export`` is missing.
@@ -107,13 +117,14 @@ def export_onnx(
         require(package)
     _check_numbers(opset, max_length, tolerance)
     _check_precision(precision, gate)
-    parts = open_source(source, head=head, tokenizer=tokenizer)
+    parts = open_source(source, head=head, tokenizer=tokenizer, members=members)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
     if gate is not None and len(parts) > 1:
         raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():
         _check_model(part.model)
+        check_depth(part.model)
         _check_tokenizer(part.model, part.tokenizer)
         if gate is not None and part.module is None:
             raise TypeError(f"gate: {part.source} has no metrics to be judged by: give a module of lightning_ft")
@@ -154,7 +165,7 @@ def _export(
         sample = next(probe for probe in samples if probe.padded).inputs
         progress(f"exporting {type(model).__name__}: inputs {', '.join(sample)}, opset {opset}")
         with attention(model, "eager"):
-            trace(graph, sample, opset=opset).save(path)
+            exporter = write_graph(graph, sample, path, opset=opset, progress=progress)
     onnx.checker.check_model(path)
     exported = time.perf_counter()
     progress(f"comparing {len(probes)} shapes in ONNX Runtime")
@@ -166,6 +177,9 @@ def _export(
     facts = {
         "model": type(model).__name__,
         "source": provenance(source, part.original),
+        **({"baked": list(part.baked)} if part.baked else {}),
+        **({"members": len(model.members)} if isinstance(model, Ensemble) else {}),
+        **({"averaged": mean} if (mean := averaged(source)) else {}),
         "task": head.task,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "inputs": list(sample),
@@ -173,6 +187,7 @@ def _export(
         "labels": len(head.labels),
         "precision": precision,
         **({"gate": trials} if trials else {}),
+        "exporter": exporter,
         "opset": opset,
         "max_length": max_length,
         "tolerance": tolerance,
@@ -267,7 +282,7 @@ def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int |
 def _save_companions(folder: Path, part: Exportable) -> None:
     config = copy.deepcopy(getattr(part.model, "config", None))
     if config is not None:
-        config.architectures = [type(part.model).__name__]
+        config.architectures = [type(getattr(part.model, "first", part.model)).__name__]
         if labels := part.head.labels:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}

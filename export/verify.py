@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,14 @@ from torch import nn
 
 from lightning_ft.core.report import Report, format_table
 from lightning_ft.export.compare import compare
+from lightning_ft.export.heads import open_source
 from lightning_ft.export.manifest import describe, files_of, provenance, read_report
 from lightning_ft.export.parity import load_session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lightning_ft.export.heads import Head
+    from lightning_ft.export.heads import Exportable, Head
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def verify(
     source: str | os.PathLike[str] | nn.Module | None = None,
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    members: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[str], None] = log.info,
 ) -> Report:
     """Check an exported folder: each file's size and hash, that its graph loads, and that it has the inputs recorded.
@@ -49,6 +51,7 @@ def verify(
         source: What it was made of.
         head: As it was given to the export.
         tokenizer: As it was given to the export.
+        members: As they were given to the export.
         progress: Is told each thing as it begins.
 
     Returns:
@@ -86,7 +89,8 @@ def verify(
     if added:
         facts["added later"] = added
     if source is not None:
-        facts["parity"] = _compare(place, report, source, head, tokenizer, progress)
+        parts = open_source(source, head=head, tokenizer=tokenizer, members=members)
+        facts["parity"] = _compare(place, report, source, parts, progress)
     return Report(f"Verified {folder}", facts, rows)
 
 
@@ -128,14 +132,10 @@ def _compare(
     place: Path,
     report: Report,
     source: str | os.PathLike[str] | nn.Module,
-    head: Head | None,
-    tokenizer: PreTrainedTokenizerBase | None,
+    parts: Mapping[str, Exportable],
     progress: Callable[[str], None],
 ) -> Any:
     """The worst relative difference from the source, by task for several heads."""
-    from lightning_ft.export.heads import open_source
-
-    parts = open_source(source, head=head, tokenizer=tokenizer)
     recorded = _parts(report)
     worst: dict[str, Any] = {}
     if parts.keys() != recorded.keys():

@@ -200,8 +200,8 @@ def test_model_is_restored(fails: bool, tmp_path: Path, monkeypatch: pytest.Monk
             raise RuntimeError("no such operator")
         return real(*args, **kwargs)
 
-    real = MODULE.trace
-    monkeypatch.setattr(MODULE, "trace", trace)
+    real = MODULE.write_graph
+    monkeypatch.setattr(MODULE, "write_graph", trace)
     if fails:
         with pytest.raises(RuntimeError, match="no such operator"):
             export_onnx(model, tmp_path / "out", tokenizer=tiny_tokenizer(), max_length=8)
@@ -215,14 +215,14 @@ def test_model_is_restored(fails: bool, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_parity_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
-    real = MODULE.trace
+    real = MODULE.write_graph
 
     def trace(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             model.classifier.bias += 1e-3
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(MODULE, "trace", trace)
+    monkeypatch.setattr(MODULE, "write_graph", trace)
     with pytest.raises(
         ParityError, match=r"tolerance=1e-05(?s:.)*padded +absolute +relative(?s:.)*\n +1 +1 +no +0\.001"
     ):
