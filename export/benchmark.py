@@ -140,8 +140,8 @@ def _facts_of(folder: Path) -> dict[str, Any]:
 
 
 def _source_of(folder: Path) -> Path | None:
-    named = _facts_of(folder).get("source")
-    return Path(named) if isinstance(named, str) and Path(named).exists() else None
+    named = _facts_of(folder).get("source", {}).get("path")
+    return Path(named) if named is not None and Path(named).exists() else None
 
 
 def _precision_of(folder: Path) -> str:

@@ -101,10 +101,7 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
     Returns:
         The graph with nothing in it of where and how it was traced.
     """
-    with warnings.catch_warnings():
-        # One is about the exporter's own code; the other comes for each input that shares an axis, as ours do.
-        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
+    with quiet():
         program = torch.onnx.export(
             wrapper,
             kwargs=wrapper.arguments(sample),
@@ -116,17 +113,29 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
             verbose=False,
         )
     assert program is not None  # only the TorchScript exporter returns None
-    _strip(program)
+    strip(program.model)
     return program
 
 
-def _strip(program: ONNXProgram) -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporters warn of, which no user can act on."""
+    with warnings.catch_warnings():
+        # One is about the exporter's own code; the other comes for each input that shares an axis, as ours do.
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
+        yield
+
+
+def strip(model: Any) -> None:
     """Remove stack traces, paths and module names, the shapes of initialisers, and second uses of outputs' names.
 
     The weights carry their shapes themselves; a second statement of them makes ``quantize_dynamic`` fail with
     "Inferred shape and existing shape differ".
+
+    Args:
+        model: An ``onnx_ir.Model``, changed in place.
     """
-    model = program.model
     names = {value.name for value in model.graph.outputs}
     model.metadata_props.clear()
     for graph in model.graphs():

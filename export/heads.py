@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_ft.export.bake import baked, core_model, unwrapped
+from lightning_ft.export.ensemble import ensemble
 from lightning_ft.export.graphs import Graphs
 from lightning_ft.export.wrappers import Choices, Features, GraphWrapper, LabelScores, Logits, Spans, TokenLogits
 
@@ -57,6 +59,8 @@ class Exportable:
         head: What is to be computed.
         source: Where it came from: a path, or a class.
         module: The module of lightning_ft that computes the same, if there is one: it knows the task's metrics.
+        reference: The model that the source holds, where ``model`` was made of it: what the graph is compared with.
+        baked: What was done to make it.
     """
 
     model: nn.Module
@@ -64,6 +68,18 @@ class Exportable:
     head: Head
     source: str
     module: TransformerModule | None = None
+    reference: nn.Module | None = None
+    baked: tuple[str, ...] = ()
+
+    @property
+    def original(self) -> nn.Module:
+        """What the source computes with."""
+        return self.model if self.reference is None else self.reference
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Both, or the one."""
+        return [self.model] if self.reference is None else [self.model, self.reference]
 
 
 def open_source(
@@ -71,6 +87,7 @@ def open_source(
     *,
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    members: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Exportable]:
     """What a checkpoint, a folder or a module holds: by task for several heads, else one under ``""``.
 
@@ -79,6 +96,8 @@ def open_source(
             module, a Hugging Face model, or any other module (with ``head``, whose wrapper takes it).
         head: What to export of it; by default what its class is for.
         tokenizer: The one that it was trained with; by default the one that is there.
+        members: Snapshots of the source, by :class:`~lightning_ft.callbacks.SnapshotEnsemble`, which answer together:
+            their folder, or their files.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -93,13 +112,19 @@ def open_source(
     for name, (part, there) in read_models(source).items():
         # A head of the user's own is given the module itself, unless it is one of ours.
         module = part if isinstance(part, TransformerModule) else None
-        model = part if module is None else module.model
+        whole = part if module is None else module.model
+        # A head of the user's own may want all of a peft model.
+        model = core_model(whole) if head is None else unwrapped(whole)
         used = tokenizer or there
-        chosen = head or (hf_head(part, used) if module is None else own_head(module, tokenizer))
+        chosen = head or (hf_head(model, used) if module is None else own_head(module, tokenizer))
         if used is None:
             raise ValueError(f"tokenizer: {origin} holds none: pass the one that the model was trained with")
         # With a head of the user's own the graph computes something else than the module does.
-        result[name] = Exportable(model, used, chosen, origin, module if head is None else None)
+        plain, done = baked(model)
+        kept = model if done else None
+        result[name] = Exportable(plain, used, chosen, origin, module if head is None else None, kept, tuple(done))
+        if members:
+            result[name] = ensemble(result[name], members)
     return result
 
 
@@ -109,7 +134,7 @@ def read_models(
     """The modules that a source holds, with their tokenizers: by task for several heads, else one under ``""``."""
     from lightning_ft.modules import MultiTask, TransformerModule
 
-    module, tokenizer = (source, None) if isinstance(source, nn.Module) else _read(Path(source))
+    module, tokenizer = (unwrapped(source), None) if isinstance(source, nn.Module) else _read(Path(source))
     parts: Mapping[str, nn.Module] = module.heads if isinstance(module, MultiTask) else {"": module}
     return {
         name: (part, part.tokenizer if isinstance(part, TransformerModule) else tokenizer)
@@ -199,8 +224,7 @@ def hf_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel or a module of lightning_ft, got {type(model).__name__}: "
-            "give a `head` with a GraphWrapper of your own, the `.model` of a LightningModule, `merge_and_unload()` of "
-            "a peft model, or `_orig_mod` of a compiled one"
+            "give a `head` with a GraphWrapper of your own, or the `.model` of a LightningModule"
         )
     if type(model).__name__.endswith(_GENERATES):
         from lightning_ft.export.generative_heads import hf_generative_head

@@ -11,22 +11,26 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
+from lightning_ft.export.generation import CausalDecoder, EncoderDecoder, GenerationSettings, generate
 from lightning_ft.export.heads import open_source
 from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
 from lightning_ft.export.timing import Runtime
-from lightning_ft.export.wrappers import graph_inputs
+from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 SMALLEST = 32
 """Tokens that any vocabulary has, for a graph that lies alone."""
 
 CHOICES = 2
+NEW_TOKENS = 32
+GENERATES = ("text-generation", "text2text-generation")
 
 Step = Callable[[], object]
 Prepare = Callable[[int, int], Step]
@@ -45,10 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(chosen.threads)
-    if chosen.runtime == "onnx":
-        prepare = of_graph(chosen.path, chosen.threads)
-    else:
+    if chosen.runtime != "onnx":
         prepare = of_model(chosen.path, chosen.runtime, chosen.task)
+    elif (head := _head(chosen.path)).get("task") in GENERATES:
+        prepare = of_generator(chosen.path, head["settings"], chosen.threads)
+    else:
+        prepare = of_graph(chosen.path, chosen.threads)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
@@ -60,9 +66,7 @@ def of_graph(path: Path, threads: int) -> Prepare:
     """A folder's graph as :func:`~lightning_ft.export.load_session` opens it, a file's as ONNX Runtime does itself."""
     graph = path / "model.onnx" if path.is_dir() else path
     session = open_graph(graph, threads=threads, fusions_off=SLOW_FUSIONS if path.is_dir() else ())
-    config = graph.with_name("config.json")
-    known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    vocabulary = known.get("vocab_size", SMALLEST)
+    vocabulary = _vocabulary(graph.parent)
 
     def prepare(batch: int, length: int) -> Step:
         feed = {}
@@ -78,13 +82,35 @@ def of_graph(path: Path, threads: int) -> Prepare:
     return prepare
 
 
+def of_generator(folder: Path, settings: Mapping[str, Any], threads: int) -> Prepare:
+    """A decoder's graphs with their cache: :data:`NEW_TOKENS` tokens are written, each the most probable one."""
+    sessions = {part: open_graph(folder / name, threads=threads) for part, name in settings["graphs"].items()}
+    start = settings["generation"]["decoder_start_token_id"]
+    chosen = GenerationSettings(max_new_tokens=NEW_TOKENS, decoder_start_token_id=start)
+
+    def prepare(batch: int, length: int) -> Step:
+        ids = _values("input_ids", [batch, length], _vocabulary(folder)).numpy()
+        mask = _values("attention_mask", [batch, length], 0).numpy()
+        encoder = sessions.get("encoder")
+        decoder = (
+            CausalDecoder(sessions["decoder"])
+            if encoder is None
+            else EncoderDecoder(encoder, sessions["decoder"], start=start)
+        )
+        return lambda: generate(decoder, ids, mask, chosen)
+
+    return prepare
+
+
 def of_model(path: Path, runtime: str, task: str) -> Prepare:
     """What a checkpoint or a Hugging Face folder holds, in PyTorch."""
     part = open_source(path)[task]
     names = graph_inputs(part.model, part.tokenizer)
     vocabulary = getattr(getattr(part.model, "config", None), "vocab_size", SMALLEST)
-    model = part.model.bfloat16() if runtime == "torch bf16" else part.model
+    model: Any = part.model.bfloat16() if runtime == "torch bf16" else part.model
     wrapper = part.head.wrap(model.eval())
+    if not isinstance(wrapper, GraphWrapper):
+        return _written(model, runtime, vocabulary)
     run: Callable[..., Any] = torch.compile(wrapper, dynamic=True) if runtime == "torch.compile" else wrapper
 
     def prepare(batch: int, length: int) -> Step:
@@ -98,6 +124,42 @@ def of_model(path: Path, runtime: str, task: str) -> Prepare:
         return step
 
     return prepare
+
+
+def _written(model: Any, runtime: str, vocabulary: int) -> Prepare:
+    """``generate`` of transformers, with no end but :data:`NEW_TOKENS` tokens."""
+    if runtime == "torch.compile":
+        raise RuntimeError("generate() compiles with a static cache only, which is another algorithm")
+    known = model.generation_config
+    model.generation_config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=known.pad_token_id or 0,
+        bos_token_id=known.bos_token_id,
+        decoder_start_token_id=known.decoder_start_token_id,
+    )
+
+    def prepare(batch: int, length: int) -> Step:
+        ids = _values("input_ids", [batch, length], vocabulary)
+
+        def step() -> object:
+            with torch.inference_mode():
+                return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+        return step
+
+    return prepare
+
+
+def _head(path: Path) -> dict[str, Any]:
+    file = path / "head.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _vocabulary(folder: Path) -> int:
+    config = folder / "config.json"
+    known = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return int(known.get("vocab_size", SMALLEST))
 
 
 def _values(name: str, shape: Sequence[int], vocabulary: int) -> Tensor:

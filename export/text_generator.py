@@ -175,7 +175,7 @@ class TextGenerator:
     def _ids(self, row: Any, number: int) -> list[int]:
         text, chats = self._text(row, number)
         if self._pairs:
-            ids = self._tokenizer.encode(text).ids
+            ids: list[int] = self._tokenizer.encode(text).ids
         else:
             before = [] if chats else self._known["prompt"]["before"]
             ids = [*before, *self._tokenizer.encode(text, add_special_tokens=False).ids]

@@ -15,12 +15,10 @@ import onnxruntime
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor
 
-from lightning_ft.export import Gate, GateError, ParityError, export_onnx
+from lightning_ft.export import ParityError, export_onnx
 from lightning_ft.export.generation import CausalDecoder, GenerationSettings
 from lightning_ft.export.generative_graphs import CausalGraphs, generation_settings
-from lightning_ft.export.quantize import quantize, untie
 from lightning_ft.export.text_generator import TextGenerator
 from lightning_ft.modules import CausalLM, Seq2Seq
 from tests.export.conftest import Written
