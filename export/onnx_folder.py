@@ -170,10 +170,9 @@ def _export(
             with attention(model, "eager"):
                 exporters.add(write_graph(wrapper.eval(), samples[name], folder / name, opset=opset, progress=progress))
             onnx.checker.check_model(folder / name)
-    exported = time.perf_counter()
-    progress(f"comparing {len(probes)} shapes in ONNX Runtime")
-    sessions = {name: open_graph(folder / name) for name in graphs.files}
-    with inference_state(model):
+        exported = time.perf_counter()
+        progress(f"comparing {len(probes)} shapes in ONNX Runtime")
+        sessions = {name: open_graph(folder / name) for name in graphs.files}
         rows = check_parity(
             partial(graphs.run, sessions),
             probes,
