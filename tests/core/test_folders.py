@@ -99,7 +99,9 @@ def test_what_is_not_ours_is_refused(tmp_path: Path, path: str, file: bool) -> N
     elif path != "out":
         (tmp_path / path).mkdir()
         (tmp_path / path / "mine").touch()
-    with pytest.raises(FileExistsError, match=f"{path} exists and is not an empty folder, nor one that was written here"):
+    with pytest.raises(
+        FileExistsError, match=f"{path} exists and is not an empty folder, nor one that was written here"
+    ):
         write(tmp_path / "out", "b")
     assert (tmp_path / path).exists()
 
