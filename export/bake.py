@@ -76,6 +76,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
         if parametrize.is_parametrized(module):
+            _own_class(module)
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return copied, sorted(set(found))
@@ -108,6 +109,13 @@ def _copy(model: nn.Module) -> nn.Module:
             if isinstance(value, Tensor) and not value.is_leaf:
                 known[id(value)] = value.detach().to("cpu", copy=True)
     return copy.deepcopy(model, known)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Take a copied module out of the class that torch made for the original alone, and would take apart with it."""
+    shared = type(module)
+    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)
 
 
 def _unwrap_inside(model: nn.Module) -> nn.Module:

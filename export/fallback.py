@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_ft.export.extras import require
@@ -63,16 +64,33 @@ def write_graph(
 
 def _by_transformers(wrapper: GraphWrapper, sample: Mapping[str, Tensor], path: Path, opset: int) -> None:
     exporters: Any = require("transformers.exporters")
-    axes = {name: dict(wrapper.axes(name)) for name in sample}
+    axes = {name: wrapper.axes(name) for name in sample}
+    free = {name: dict.fromkeys(named, torch.export.Dim.AUTO) for name, named in axes.items()}
     with quiet():
-        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=axes, opset_version=opset)
+        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=free, opset_version=opset)
         model, _ = exporters.OnnxExporter().export_program(wrapper, dict(sample), config)
+    _name_axes(model, axes)
     for value, name in zip(model.graph.outputs, wrapper.outputs, strict=True):
         value.name = name
     strip(model)
     ir: Any = require("onnx_ir")
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     ir.save(model, str(path), external_data=f"{path.name}.data" if size > EXTERNAL else None)
+
+
+def _name_axes(model: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Give the axes the names that torch's exporter would have given them: here it numbers them."""
+    ir: Any = require("onnx_ir")
+    named = {
+        str(value.shape[axis]): name
+        for value in model.graph.inputs
+        for axis, name in axes[value.name].items()
+        if not isinstance(value.shape[axis], int)
+    }
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else named.get(str(size), str(size)) for size in value.shape]
+            value.shape = ir.Shape(sizes)
 
 
 def _said(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ from torch import nn
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
 from lightning_ft.export.bake import baked, core_model
-from lightning_ft.export.heads import read_models
-from lightning_ft.export.manifest import is_export, provenance, seal
+from lightning_ft.export.heads import hf_head, read_models
+from lightning_ft.export.manifest import is_export, provenance, seal, training_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,8 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
     rows, sources = [], {}
     with atomic_folder(out, replace=is_export) as folder:
         for name, (part, tokenizer) in read_models(source).items():
-            model, done = baked(core_model(part.model if isinstance(part, TransformerModule) else part))
+            original = core_model(part.model if isinstance(part, TransformerModule) else part)
+            model, done = baked(original)
             if not isinstance(model, PreTrainedModel):
                 raise TypeError(
                     f"source: expected a module of lightning_ft or of transformers, got {type(part).__name__}: give "
@@ -62,7 +64,8 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             _check(model, place)
-            sources[name] = provenance(source, model)
+            sources[name] = provenance(source, original)
+            known = training_of(source, original)
             row = {"task": name} if name else {}
             rows.append(
                 {
@@ -76,7 +79,12 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
                 }
             )
         facts = {"source": sources[""]} if "" in sources else {n: {"source": found} for n, found in sources.items()}
-        return seal(folder, Report("Exported to a Hugging Face folder", facts, rows), out)
+        if "" not in sources:
+            return seal(folder, Report("Exported to a Hugging Face folder", facts, rows), out)
+        own = {name: rows[0][name] for name in ("model", "parameters")}
+        with suppress(TypeError):  # one that generates has no head here
+            own["task"] = hf_head(model).task
+        return seal(folder, Report("Exported to a Hugging Face folder", {**own, **facts}, rows), out, **known)
 
 
 def _check(model: PreTrainedModel, folder: Path) -> None:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.files import sha256
 from lightning_ft.core.report import Report
+from lightning_ft.export.card import card
 
 REPORT = "report.json"
+CARD = "README.md"
 WEIGHTS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt")
 """Files of weights in a folder that is a source."""
 
@@ -37,13 +39,24 @@ def is_export(folder: Path) -> bool:
     return read_report(folder) is not None
 
 
-def seal(folder: Path, report: Report, out: str | os.PathLike[str]) -> Report:
-    """Write ``report.json``, the last file of an export, with the version and the size and hash of every other.
+def seal(
+    folder: Path,
+    report: Report,
+    out: str | os.PathLike[str],
+    *,
+    training: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+) -> Report:
+    """Write ``README.md``, unless there is one, and ``report.json`` with the version and all files' sizes and hashes.
+
+    Call it when every other file of an export is there.
 
     Args:
         folder: Where the other files are.
         report: What was done.
         out: Where the folder will be: an export that lies there is the version before.
+        training: Settings of the training, for the card.
+        base_model: What was fine-tuned, for the card.
 
     Returns:
         The report with these facts.
@@ -54,11 +67,24 @@ def seal(folder: Path, report: Report, out: str | os.PathLike[str]) -> Report:
         **report.facts,
         "version": number + 1,
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "files": {name: describe(path) for name, path in files_of(folder).items()},
     }
-    sealed = Report(report.title, facts, report.rows)
+    sealed = Report(report.title, {**facts, "files": _described(folder)}, report.rows)
+    if not (folder / CARD).exists():
+        text = card(sealed, head=_head(folder), training=training, base_model=base_model)
+        (folder / CARD).write_text(text, encoding="utf-8")
+        sealed = Report(report.title, {**facts, "files": _described(folder)}, report.rows)
     (folder / REPORT).write_text(sealed.to_json() + "\n", encoding="utf-8")
     return sealed
+
+
+def _described(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: describe(path) for name, path in files_of(folder).items()}
+
+
+def _head(folder: Path) -> dict[str, Any] | None:
+    path = folder / "head.json"
+    known: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return known
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -93,6 +119,28 @@ def provenance(source: str | os.PathLike[str] | nn.Module, model: nn.Module) -> 
     path = Path(source).absolute()
     found: Iterable[Path] = [path] if path.is_file() else (file for kind in WEIGHTS for file in path.glob(kind))
     return {"path": str(path), "files": {file.name: sha256(file) for file in sorted(found)}, **weights}
+
+
+def training_of(source: str | os.PathLike[str] | nn.Module, model: nn.Module) -> dict[str, Any]:
+    """What a card says of the training: ``training``, settings by name, and ``base_model``, as far as they are known.
+
+    Args:
+        source: A checkpoint's file holds the arguments of its module.
+        model: A Hugging Face model knows where it was loaded from.
+    """
+    from lightning_ft.modules import TransformerModule
+    from lightning_ft.modules.checkpoint import KEY, read_checkpoint
+
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    settings: dict[str, Any] = {}
+    if isinstance(source, TransformerModule):
+        settings = dict(source.hparams)
+    elif not isinstance(source, nn.Module) and Path(source).is_file():
+        checkpoint = read_checkpoint(source)
+        settings = dict(checkpoint[KEY]["arguments"])
+        settings |= {key: checkpoint[key] for key in ("epoch", "global_step") if key in checkpoint}
+    # A path on somebody's disk is no name.
+    return {"training": settings, "base_model": None if name is None or Path(name).is_absolute() else name}
 
 
 def weights_sha256(state: Mapping[str, Tensor]) -> str:

@@ -29,7 +29,7 @@ from lightning_ft.export.fallback import write_graph
 from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state
 from lightning_ft.export.heads import Exportable, Head, open_source
-from lightning_ft.export.manifest import is_export, provenance, seal
+from lightning_ft.export.manifest import is_export, provenance, seal, training_of
 from lightning_ft.export.parity import check_parity, open_graph
 from lightning_ft.export.quantize import Precision
 
@@ -134,9 +134,12 @@ def export_onnx(
             name: _export(part, source, folder / name, precision, gate, opset, max_length, tolerance, progress)
             for name, part in parts.items()
         }
+        known = {name: training_of(source, part.original) for name, part in parts.items()}
         if "" not in reports:
-            reports = {name: seal(folder / name, found, Path(out) / name) for name, found in reports.items()}
-        report = seal(folder, reports[""] if "" in reports else _together(reports), out)
+            reports = {
+                name: seal(folder / name, found, Path(out) / name, **known[name]) for name, found in reports.items()
+            }
+        report = seal(folder, reports[""], out, **known[""]) if "" in reports else seal(folder, _together(reports), out)
     log.info("wrote %s\n%s", out, report)
     return report
 

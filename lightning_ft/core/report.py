@@ -14,8 +14,8 @@ class Report:
 
     Args:
         title: What was done, in a few words.
-        facts: Named results; JSON-able values (numbers, strings, booleans, lists, nested mappings). A list of mappings
-            is printed as a table.
+        facts: Named results; JSON-able values (numbers, strings, booleans, lists, nested mappings). A list of mappings,
+            and a mapping of mappings with the same keys, is printed as a table.
         rows: Rows of a table, each a mapping from column to JSON-able value. All rows share their keys.
 
     Example:
@@ -70,7 +70,16 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _fact(name: str, value: Any) -> list[str]:
-    """A line, or a table of its own where the value is one."""
+    """A line, or a table or a block of its own where the value is one."""
+    if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+        rows = list(value.values())
+        alike = all(isinstance(row, Mapping) and row.keys() == rows[0].keys() for row in rows)
+        if alike and not any(isinstance(item, Mapping | list) for row in rows for item in row.values()):
+            return [
+                f"  {name}:",
+                *(f"    {line}" for line in format_table([{"": n, **row} for n, row in value.items()])),
+            ]
+        return [f"  {name}:", *(f"  {line}" for inner, item in value.items() for line in _fact(inner, item))]
     if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
         return [f"  {name}:", *(f"    {line}" for line in format_table(value))]
     return [f"  {name}: {_cell(value)}"]

@@ -49,3 +49,19 @@ def test_a_fact_that_is_a_table_is_printed_as_one() -> None:
         "    bc    -",
         "  left: []",
     ]
+
+
+def test_nested_facts() -> None:
+    files = {"a": {"bytes": 10, "sha256": "x"}, "bc": {"bytes": 2000, "sha256": "yz"}}
+    report = Report("Done", {"files": files, "source": {"path": "p", "files": {"f": "1"}}, "flat": {"one": 1}})
+    assert str(report).splitlines() == [
+        "Done",
+        "  files:",
+        "        bytes  sha256",
+        "    a      10  x",
+        "    bc  2,000  yz",
+        "  source:",
+        "    path: p",
+        "    files: {'f': '1'}",
+        "  flat: {'one': 1}",
+    ]

@@ -175,9 +175,10 @@ def test_a_graph_that_does_not_load_or_is_another_one(copied: Path) -> None:
 
 def test_a_graph_that_computes_something_else(copied: Path, exported: SimpleNamespace) -> None:
     graph = onnx.load(copied / "model.onnx")
-    bias = next(tensor for tensor in graph.graph.initializer if list(tensor.dims) == [2] and tensor.data_type == 1)
-    values = onnx.numpy_helper.to_array(bias) + 0.01
-    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    floats = [tensor for tensor in graph.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    largest = max(floats, key=lambda tensor: len(tensor.raw_data))
+    values = onnx.numpy_helper.to_array(largest) * 1.01
+    largest.CopyFrom(onnx.numpy_helper.from_array(values, largest.name))
     onnx.save(graph, copied / "model.onnx")
     rerecord(copied)
     verify(copied)  # the folder agrees with itself

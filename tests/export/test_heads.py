@@ -243,11 +243,11 @@ def test_several_heads_become_a_folder_each(tmp_path: Path) -> None:
     module = MultiTask({"mood": SequenceClassification(_bert(), ["no", "yes"]), "choice": MultipleChoice(_bert())})
     report = export_onnx(module, tmp_path / "out", max_length=8)
     assert {row["task"] for row in report.rows} == {"mood", "choice"}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["choice", "mood", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "choice", "mood", "report.json"]
     for name, task in (("mood", "text-classification"), ("choice", "multiple-choice")):
         assert_equal(tmp_path / "out" / name, module.heads[name].model, task, rows=4, length=9, left=False)
     export_hf(module, tmp_path / "hf")
-    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["choice", "mood"]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == ["README.md", "choice", "mood", "report.json"]
     # One of them fails: nothing is written.
     with torch.no_grad():
         module.heads["choice"].model.classifier.weight.fill_(float("nan"))

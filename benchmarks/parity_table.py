@@ -1,0 +1,216 @@
+"""How near every head of every architecture stays to its model, in every precision, on tiny random models.
+
+    python benchmarks/parity_table.py [--only TASK] [--quick]
+
+writes `benchmarks/results/parity.json` and `parity.md`. The models are those of `tests/export/test_heads.py`: random
+weights of a standard deviation of 0.2, which no training has made robust, so that fewer bits cost more here than in a
+fine-tuned model; what they cost there is what the gate measures. To add cells, append to `CELLS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import onnxruntime
+import torch
+import transformers
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lightning_ft.core.files import atomic_file  # noqa: E402
+from lightning_ft.export import export_onnx  # noqa: E402
+from lightning_ft.export.compare import reference  # noqa: E402
+from lightning_ft.export.graph import inference_state  # noqa: E402
+from lightning_ft.export.heads import open_source  # noqa: E402
+from lightning_ft.export.parity import open_graph, run_onnx  # noqa: E402
+from lightning_ft.export.quantize import Precision, quantize  # noqa: E402
+from lightning_ft.modules import Architecture, Cloze  # noqa: E402
+from tests.export import test_heads  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+MAX_LENGTH = 24
+TOLERANCES = {"fp32": 1e-5, "fp16": 1e-2}
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of the table.
+
+    Args:
+        task: Name of the head.
+        family: Name of the architecture.
+        make: Gives the source and its tokenizer (None where the source holds one), or raises what makes it impossible.
+        measure: Gives what is known of each precision: a row as :func:`measure` does.
+    """
+
+    task: str
+    family: str
+    make: Callable[[], tuple[Any, Any]]
+    measure: Callable[[Any, Any], dict[str, dict[str, Any]]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.family}"
+
+
+def measure(source: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Export a source that is one graph, and compare it in each precision with the model."""
+    (part,) = open_source(source, tokenizer=tokenizer).values()
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        export_onnx(source, out, tokenizer=tokenizer, max_length=MAX_LENGTH)
+        with inference_state(part.original):
+            probes, expected = reference(part, max_length=MAX_LENGTH)
+        per_token = part.head.wrap(part.original).per_token
+        found = {}
+        for precision in PRECISIONS:
+            path = out / f"{precision}.onnx"
+            try:
+                quantize(out / "model.onnx", path, precision)
+                session = open_graph(path, threads=1)
+                got = [run_onnx(session, probe) for probe in probes]
+            except Exception as error:  # noqa: BLE001  the table names whatever makes a cell impossible
+                found[precision] = {"impossible": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+                continue
+            masks = [probe.inputs["attention_mask"].bool() for probe in probes]
+            found[precision] = _distances(got, expected, masks, per_token)
+        return found
+
+
+def _distances(
+    got: Sequence[Mapping[str, Tensor]],
+    expected: Sequence[Mapping[str, Tensor]],
+    masks: Sequence[Tensor],
+    per_token: Sequence[str],
+) -> dict[str, Any]:
+    """Over all outputs the worst difference, relative to the largest value; root mean square; equal decisions."""
+    worst, squares, scale, same, decisions = 0.0, 0.0, 0.0, 0, 0
+    for name in expected[0]:
+        pairs = [
+            (one[name][mask], other[name][mask]) if name in per_token else (one[name], other[name])
+            for one, other, mask in zip(got, expected, masks, strict=True)
+        ]
+        largest = max(float(other.abs().max()) for _, other in pairs)
+        worst = max(worst, max(float((one - other).abs().max()) for one, other in pairs) / largest)
+        squares += sum(float((one - other).square().sum()) for one, other in pairs)
+        scale += sum(float(other.square().sum()) for _, other in pairs)
+        if name in ("logits", "scores") and pairs[0][1].shape[-1] > 1:
+            same += sum(int((one.argmax(-1) == other.argmax(-1)).sum()) for one, other in pairs)
+            decisions += sum(other[..., 0].numel() for _, other in pairs)
+    agreement = same / decisions if decisions else None
+    return {"worst": worst, "distance": (squares / scale) ** 0.5, "agreement": agreement}
+
+
+def _model(task: str, family: str) -> Callable[[], tuple[Any, Any]]:
+    return lambda: (test_heads.make(task, family), test_heads.tokenizer_of(family))
+
+
+def _cloze(family: str) -> Callable[[], tuple[Any, Any]]:
+    def make() -> tuple[Any, Any]:
+        decoder = family == "gpt2"
+        tokenizer = test_heads.tiny_tokenizer(types=False) if decoder else test_heads._words()
+        architecture = Architecture(test_heads.make("feature-extraction", family).config, tokenizer)
+        return Cloze(architecture, {"no": "w5", "yes": "w6"}, ["{text} w10 {mask}"]), None
+
+    return make
+
+
+CELLS: list[Cell] = [
+    *(Cell(task, family, _model(task, family), measure) for task, family in test_heads.CELLS),
+    *(Cell("cloze", family, _cloze(family), measure) for family in ("bert", "gpt2")),
+]
+IMPOSSIBLE: dict[str, str] = {
+    f"{task} {family}": "writes the whole text anew: no masked language model"
+    if (task, family) == ("fill-mask", "bart")
+    else "transformers has no such class"
+    for task, families in test_heads.NO_CLASS.items()
+    for family in families
+}
+"""By the name of the cell, why there is none."""
+
+
+def run(cells: Sequence[Cell], progress: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
+    """A row for each cell."""
+    rows = []
+    for number, cell in enumerate(cells, 1):
+        started = time.perf_counter()
+        source, tokenizer = cell.make()
+        rows.append({"task": cell.task, "family": cell.family, "precisions": cell.measure(source, tokenizer)})
+        progress(f"{number}/{len(cells)} {cell.name}: {time.perf_counter() - started:.1f} s")
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
+    """The table, and what there is no cell for."""
+    head = ["task", "architecture", *PRECISIONS]
+    lines = [
+        "# Parity of exported graphs",
+        "",
+        "Tiny random models (width 32, two layers, weights of standard deviation 0.2) against PyTorch on ten shapes, "
+        f"from 1x1 to {MAX_LENGTH} tokens, padded and whole. fp32 and fp16: worst difference of an output, relative to "
+        "the largest one (tolerances 1e-5, 1e-2). In fewer bits: share of equal decisions on random tokens, and the "
+        "root mean square of the difference over that of the outputs. Random weights bear fewer bits worse than "
+        "trained ones: of a trained model, its gate decides.",
+        "",
+        f"Written by `benchmarks/parity_table.py`: {', '.join(f'{k} {v}' for k, v in machine.items())}.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+    ]
+    for row in rows:
+        cells = [_cell(precision, row["precisions"].get(precision)) for precision in PRECISIONS]
+        lines.append(f"| {' | '.join([row['task'], row['family'], *cells])} |")
+    lines += ["", "## Cells that there are not", "", "| task | architecture | reason |", "|---|---|---|"]
+    lines += [f"| {' | '.join([*name.split(), reason])} |" for name, reason in sorted(IMPOSSIBLE.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(precision: str, found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    if "impossible" in found:
+        return f"impossible: {found['impossible']}".replace("|", "/")
+    if (tolerance := TOLERANCES.get(precision)) is not None:
+        return f"{found['worst']:.1e}{'' if found['worst'] <= tolerance else ' (above)'}"
+    agreement = "" if found["agreement"] is None else f"{100 * found['agreement']:.1f} %, "
+    return f"{agreement}{found['distance']:.3f}"
+
+
+def main() -> None:
+    """Run the cells and write the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", help="cells of this task alone; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="two cells")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    cells = [cell for cell in CELLS if options.only in (None, cell.task)]
+    rows = run(cells[:2] if options.quick else cells, lambda line: print(line, file=sys.stderr, flush=True))
+    machine = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }
+    table = markdown(rows, machine)
+    print(table)
+    if options.only is None:
+        for name, text in (("json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"), ("md", table)):
+            with atomic_file(options.results / f"parity.{name}") as path:
+                path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
