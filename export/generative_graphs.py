@@ -49,19 +49,40 @@ class _Generative(Graphs):
                 yield self.expected(probe)
 
     def prove(self, sessions: Sessions, probes: Sequence[Probe], *, error: float) -> dict[str, Any]:
-        """Greedy tokens up to the end equal those of ``generate``.
+        """Greedy tokens up to the end equal those of ``generate``."""
+        decoder = self.decoder(sessions)
+
+        def write(ids: Tensor, mask: Tensor, settings: GenerationSettings) -> Tensor:
+            return torch.from_numpy(generate(decoder, ids.numpy(), mask.numpy(), settings))
+
+        return self.compare_greedy(write, probes, error=error)
+
+    def compare_greedy(
+        self, write: Callable[[Tensor, Tensor, GenerationSettings], Tensor], probes: Sequence[Probe], *, error: float
+    ) -> dict[str, Any]:
+        """Hold tokens that something else writes against those of ``generate``, up to the end.
 
         Where two tokens are as probable but for rounding, either may come, and the row is not compared from there on.
+
+        Args:
+            write: Takes prompts, ``(batch, sequence)``, their mask and settings; gives new tokens, ``(batch, new)``.
+            probes: Where prompts come from.
+            error: The largest difference between logits.
+
+        Returns:
+            How many texts and tokens were compared.
+
+        Raises:
+            ParityError: A token is another one.
         """
         longest = max(probe.length for probe in probes)
         chosen = replace(self.settings, do_sample=False, num_beams=1, max_new_tokens=min(PROMPT, max(longest // 2, 1)))
         tried = [probe for probe in probes if probe.length + chosen.max_new_tokens <= longest]
-        decoder = self.decoder(sessions)
         texts = tokens = 0
         for probe in [p for p in tried if p.length <= PROMPT] or tried[:1]:
             ids, mask = probe.inputs["input_ids"], probe.inputs["attention_mask"]
             wanted, logits = self._greedy(ids, mask, chosen)
-            got = torch.from_numpy(generate(decoder, ids.numpy(), mask.numpy(), chosen))
+            got = write(ids, mask, chosen)
             for row in range(len(ids)):
                 tokens += _same(got[row], wanted[row], logits[row], chosen, error, probe, row)
             texts += len(ids)

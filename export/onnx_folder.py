@@ -188,7 +188,7 @@ def _export(
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
         trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)
-    _save_companions(folder, part)
+    save_companions(folder, part)
     facts = {
         "model": type(model).__name__,
         "source": provenance(source, part.original),
@@ -305,7 +305,8 @@ def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int |
     return min(known, default=None)
 
 
-def _save_companions(folder: Path, part: Exportable) -> None:
+def save_companions(folder: Path, part: Exportable) -> None:
+    """Write configuration, tokenizer, ``head.json`` and, where it knows the task, ``predictor.py``."""
     config = copy.deepcopy(getattr(part.model, "config", None))
     if config is not None:
         config.architectures = [type(getattr(part.model, "first", part.model)).__name__]

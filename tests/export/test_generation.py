@@ -23,7 +23,7 @@ from lightning_ft.export.generation import (
 from tests.export.conftest import Written
 
 NEW = 10
-ENDS = tuple(range(3, 250, 8))
+ENDS = tuple(range(3, 110, 4))
 """Many, so that texts of a batch end at different times."""
 
 CHOICES: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "min_length": {"min_length": 8},
     "min_new_tokens": {"min_new_tokens": 5},
     "bad_words_ids": {"bad_words_ids": ((30,), (31, 32), (19,))},
-    "suppress_tokens": {"suppress_tokens": tuple(range(0, 200, 3))},
-    "begin_suppress_tokens": {"begin_suppress_tokens": tuple(range(0, 200, 3))},
+    "suppress_tokens": {"suppress_tokens": tuple(range(0, 100, 3))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": tuple(range(0, 100, 3))},
     "forced_eos_token_id": {"forced_eos_token_id": (3,)},
     "forced_bos_token_id": {"forced_bos_token_id": 9},
     "one end": {"eos_token_id": (3,)},

@@ -283,12 +283,10 @@ def test_tags_of_no_scheme(tmp_path: Path) -> None:
 
 
 def test_hugging_face_folder_of_what_generates(tmp_path: Path) -> None:
-    """There is a folder for every head, also for those without a graph."""
+    """A decoder, too, comes back from its folder."""
     module = CausalLM(Architecture(make("feature-extraction", "gpt2").config, tiny_tokenizer(types=False)))
     export_hf(module, tmp_path / "hf")
     assert hf.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.model_type == "gpt2"
-    with pytest.raises(TypeError, match="a CausalLM generates text"):
-        export_onnx(module, tmp_path / "out")
 
 
 def test_a_folder_that_reads_back_otherwise_is_refused(tmp_path: Path) -> None:
