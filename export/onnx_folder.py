@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,13 +18,14 @@ from torch import Tensor, nn
 
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
-from lightning_ft.export import predictor
+from lightning_ft.export.bundle import bundle
 from lightning_ft.export.extras import require
 from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state, trace
 from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.parity import check_parity, load_session, make_probes, run_torch
 from lightning_ft.export.quantize import Precision
+from lightning_ft.export.readers import READERS
 from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 if TYPE_CHECKING:
@@ -309,7 +309,9 @@ def _save_companions(folder: Path, part: Exportable) -> None:
         "padding": {"token": padding.token, "token_type": padding.token_type, "left": padding.left},
         "max_length": longest_input(part.model, part.tokenizer),
     }
+    if part.tokenizer.truncation_side != "right":
+        known["truncation_side"] = part.tokenizer.truncation_side
     text = json.dumps(known, ensure_ascii=False, indent=2)
     (folder / "head.json").write_text(text + "\n", encoding="utf-8")
-    if part.tokenizer.is_fast and part.head.task in predictor.TASKS:
-        shutil.copyfile(predictor.__file__, folder / "predictor.py")
+    if part.tokenizer.is_fast and part.head.task in READERS:
+        (folder / "predictor.py").write_text(bundle("lightning_ft.export.predictor"), encoding="utf-8")
