@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -141,9 +141,15 @@ def own_head(module: TransformerModule) -> Head:
     if isinstance(module, modules.MultipleChoice):
         return Head("multiple-choice", Choices)
     if isinstance(module, modules.MaskedLM):
-        return Head("fill-mask", TokenLogits)
+        return Head("fill-mask", TokenLogits, settings={"top_k": module.top_k})
     if isinstance(module, modules.Cloze):
-        settings = {"patterns": list(module.patterns), "decoder": module.decoder, "masks": module.masks}
+        settings = {
+            "patterns": list(module.patterns),
+            "words": dict(module.hparams["verbalizer"]),
+            "decoder": module.decoder,
+            "masks": module.masks,
+            "calibrate": module.calibrate,
+        }
         return Head("cloze", partial(LabelScores, words=module.words), tuple(module.labels), settings)
     raise TypeError(
         f"a {type(module).__name__} generates text, which has no graph here yet: give a `head` with a GraphWrapper of "
@@ -194,9 +200,22 @@ def hf_head(model: nn.Module) -> Head:
         return head
     labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     if head.task == "token-classification":
-        return replace(head, labels=labels)
+        scheme = _scheme(labels)
+        return replace(head, labels=labels, settings={} if scheme is None else {"scheme": scheme})
     problem = _problem(model.config)
     return replace(head, labels=() if problem == "regression" else labels, settings={"problem": problem})
+
+
+def _scheme(labels: Sequence[str]) -> str | None:
+    """The first scheme whose tags all labels are, and of which one may begin an entity; None where there is none."""
+    from lightning_ft.metrics.entity_f1 import Scheme, tag_table
+
+    for scheme in get_args(Scheme):
+        with suppress(ValueError):
+            _, table = tag_table(labels, scheme)
+            if table[:, 1].any():
+                return str(scheme)
+    return None
 
 
 def _problem(config: Any) -> str:

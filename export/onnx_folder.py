@@ -26,6 +26,7 @@ from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.parity import check_parity, load_session, make_probes, run_torch
 from lightning_ft.export.quantize import Precision
 from lightning_ft.export.readers import READERS
+from lightning_ft.export.reading_settings import with_reading_settings
 from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def export_onnx(
     parts = open_source(source, head=head, tokenizer=tokenizer)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
+    parts = {name: replace(part, head=with_reading_settings(part.head, part.tokenizer)) for name, part in parts.items()}
     if gate is not None and len(parts) > 1:
         raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():
