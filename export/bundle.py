@@ -43,9 +43,12 @@ def bundle(root: str) -> str:
     for line in hoisted:
         for name in _bound(line) & owners.keys():
             raise ValueError(f"{owners[name]} defines {name}, which `{line}` imports elsewhere: rename it")
+    foreign = sorted({name for module in modules.values() for name in module.foreign} - owners.keys())
+    hoisted = sorted({*hoisted, *(["from typing import Any"] if foreign else [])})
     ours = [line for line in hoisted if line.split()[1].split(".")[0] in ALLOWED]
     head = [f'"""{modules[root].docstring}"""', "from __future__ import annotations"]
     head += [_grouped([line for line in hoisted if line not in ours]), _grouped(ours)]
+    head += ["\n".join(f"{name} = Any  # named in annotations" for name in foreign)]
     bodies = [f"# ---- {module.name.replace('.', '/')}.py\n\n\n{module.body}" for module in modules.values()]
     return "\n\n".join(part for part in head if part) + "\n\n" + "\n\n\n".join(bodies) + "\n"
 
@@ -66,6 +69,7 @@ class _Module:
         self.tree = ast.parse(self.text)
         self.docstring = ast.get_docstring(self.tree, clean=False) or ""
         self.imports: set[str] = set()
+        self.foreign: set[str] = set()
         self.needs: list[str] = []
         self._dropped: list[tuple[int, int]] = []
         self.defined = {name for node in self.tree.body for name in self._read(node)}
@@ -80,9 +84,11 @@ class _Module:
         elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             for inner in node.body:
                 assert isinstance(inner, ast.Import | ast.ImportFrom)
-                # Those of other packages are for type checkers alone: annotations are never evaluated.
+                # Annotations are never evaluated; classes of other packages need not be there to be named.
                 if _roots(inner) <= {*ALLOWED, *sys.stdlib_module_names}:
                     self._take(inner)
+                else:
+                    self.foreign |= {alias.asname or alias.name for alias in inner.names}
             self._drop(node)
         elif isinstance(node, ast.Expr) and node is self.tree.body[0]:
             self._drop(node)

@@ -53,14 +53,13 @@ class AnswerReader(Reader):
 
     def encode(self, row: Any, where: str) -> Item:
         """``{"question", "context"}``, or the two as a pair."""
+        pair: Sequence[Any] = row if isinstance(row, tuple | list) else ()
         if isinstance(row, Mapping):
-            question, context = row.get("question"), row.get("context")
-        elif isinstance(row, tuple | list) and len(row) == 2:
-            question, context = row
-        else:
+            pair = [row.get("question"), row.get("context")]
+        if len(pair) != 2:
             raise TypeError(f"{where}: expected a mapping with question and context, or a pair, got {shown(row)}")
-        check_texts(where, row, [question, context], "texts as question and context")
-        question = question.lstrip()
+        question, context = check_texts(where, row, pair, "texts as question and context")
+        question = question.lstrip()  # as in training
         self._check(question, context, where)
         first = self.windows.encode(*((context, question) if self.context_first else (question, context)))
         encodings = [first, *first.overflowing]

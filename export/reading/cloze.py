@@ -47,8 +47,8 @@ class ClozeReader(Reader):
         """A mapping with a text for each column of the patterns; where they have one column, also the text alone."""
         given = {self.names[0]: row} if isinstance(row, str) and len(self.names) == 1 else row
         expected = f"a mapping with {', '.join(self.names)}" + (", or a text" if len(self.names) == 1 else "")
-        texts = [given.get(name) if isinstance(given, Mapping) else None for name in self.names]
-        check_texts(where, row, texts, expected)
+        found = [given.get(name) if isinstance(given, Mapping) else None for name in self.names]
+        texts = check_texts(where, row, found, expected)
         columns = {name: [text] for name, text in zip(self.names, texts, strict=True)}
         try:
             windows = self._windows(columns, self._room)
@@ -107,14 +107,12 @@ class ClozeReader(Reader):
     def _windows(self, columns: Mapping[str, Sequence[str]], room: int) -> dict[str, list[Any]]:
         rows = range(len(next(iter(columns.values()))))
         word = next(iter(self.settings["words"].values()))[0]
-        contexts = self.settings["contexts"]
-        windows = cloze_windows(
-            *(self.patterns, self.tokenizer, self.frame, columns, rows),  # type: ignore[arg-type]
+        return cloze_windows(
+            *(self.patterns, self.tokenizer, self.frame, columns, rows),
             room=room,
             word=word,
-            contexts=contexts,
+            contexts=self.settings["contexts"],
         )
-        return windows
 
     def _by_draw(self, outputs: Sequence[np.ndarray]) -> np.ndarray:
         """Log-probabilities, ``(draws, patterns, labels)``."""

@@ -81,10 +81,10 @@ class ChoiceReader(Reader):
         choices = row.get("choices") if isinstance(row, Mapping) else None
         if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
             raise TypeError(f"{where}: expected a mapping with context and choices, two or more")
-        check_texts(where, row, [row.get("context"), *choices], "texts as context and choices")
-        for number, choice in enumerate(choices):
-            self._check_room(where, number, choice, row["context"])
-        encoded = [self.tokens(where, row["context"], choice) for choice in choices]
+        context, *texts = check_texts(where, row, [row.get("context"), *choices], "texts as context and choices")
+        for number, choice in enumerate(texts):
+            self._check_room(where, number, choice, context)
+        encoded = [self.tokens(where, context, choice) for choice in texts]
         return Item([Part([part.ids for part in encoded], [part.type_ids for part in encoded])])
 
     def run(self, parts: Sequence[Part]) -> Sequence[Any]:
@@ -117,9 +117,7 @@ def read_texts(row: Any, where: str) -> list[str]:
         text, pair = row.get("text"), row.get("text_pair")
     else:
         text, pair = row if isinstance(row, tuple | list) and len(row) == 2 else (row, None)
-    texts = [text] if pair is None else [text, pair]
-    check_texts(where, row, texts, A_TEXT)
-    return texts
+    return check_texts(where, row, [text] if pair is None else [text, pair], A_TEXT)
 
 
 def as_floats(values: np.ndarray) -> np.ndarray:

@@ -60,8 +60,8 @@ class TextEncoder:
         return self._cut.encode(*texts)
 
 
-def check_texts(where: str, row: Any, texts: Sequence[Any], expected: str) -> None:
-    """That what was taken from a row are texts.
+def check_texts(where: str, row: Any, texts: Sequence[Any], expected: str) -> list[str]:
+    """What was taken from a row, if it is texts.
 
     Args:
         where: What to call the row.
@@ -83,6 +83,7 @@ def check_texts(where: str, row: Any, texts: Sequence[Any], expected: str) -> No
                 f"{where}: half of a surrogate pair stands at character {error.start}, which no text holds: read it "
                 "as UTF-8"
             ) from None
+    return list(texts)
 
 
 def single(encoding: Any, row: Any = None) -> Item:

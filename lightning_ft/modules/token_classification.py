@@ -144,8 +144,8 @@ class TokenClassification(TransformerModule):
         tags, scores = self.word_tags(self(batch), batch)
         texts = batch["text"] if "text" in batch else [" ".join(words) for words in batch["tokens"]]
         table = self.tag_table.tolist()
-        columns = (part.tolist() for part in (tags, scores, batch["offsets"]))
-        entities = [read_entities(*row, text, self.types, table) for *row, text in zip(*columns, texts, strict=True)]
+        rows = zip(tags.tolist(), scores.tolist(), batch["offsets"].tolist(), texts, strict=True)
+        entities = [read_entities(*row, self.types, table) for row in rows]
         if "text" in batch:
             return {"entities": entities}
         named = [[self.labels[i] for i in row] for row in tags.tolist()]
