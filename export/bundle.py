@@ -34,6 +34,9 @@ def bundle(root: str) -> str:
     """
     modules: dict[str, _Module] = {}
     _collect(root, modules)
+    for module in modules.values():
+        if module.runs and module.name != root:
+            raise ValueError(f"{module.name}: only the root may have `if __name__ == ...`")
     owners: dict[str, str] = {}
     for module in modules.values():
         for name in module.defined:
@@ -70,6 +73,7 @@ class _Module:
         self.docstring = ast.get_docstring(self.tree, clean=False) or ""
         self.imports: set[str] = set()
         self.foreign: set[str] = set()
+        self.runs = False
         self.needs: list[str] = []
         self._dropped: list[tuple[int, int]] = []
         self.defined = {name for node in self.tree.body for name in self._read(node)}
@@ -90,6 +94,8 @@ class _Module:
                 else:
                     self.foreign |= {alias.asname or alias.name for alias in inner.names}
             self._drop(node)
+        elif isinstance(node, ast.If):
+            self.runs = True
         elif isinstance(node, ast.Expr) and node is self.tree.body[0]:
             self._drop(node)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -102,9 +108,10 @@ class _Module:
         self._drop(node)
         roots = _roots(node)
         if roots == {"lightning_ft"}:
-            if not isinstance(node, ast.ImportFrom) or any(alias.asname for alias in node.names):
+            whole = not isinstance(node, ast.ImportFrom) or "." not in str(node.module)
+            if whole or any(alias.asname for alias in node.names):
                 raise ValueError(f"{self.name}: `{ast.unparse(node)}`: bundled modules are imported from, by name")
-            self.needs.append(str(node.module))
+            self.needs.append(str(getattr(node, "module", "")))
         elif roots == {"__future__"}:
             return
         elif roots == {"dataclasses"}:

@@ -207,7 +207,10 @@ def hf_head(model: nn.Module) -> Head:
 
 
 def _scheme(labels: Sequence[str]) -> str | None:
-    """The first scheme whose tags all labels are, and of which one may begin an entity; None where there is none."""
+    """The first scheme whose tags all labels are, and of which one may begin an entity.
+
+    None where there is none: parts of speech.
+    """
     from lightning_ft.metrics.entity_f1 import Scheme, tag_table
 
     for scheme in get_args(Scheme):
@@ -274,8 +277,9 @@ def _ours(path: Path, name: str, config: Any) -> TransformerModule | None:
         given = None if problem == "regression" else labels
         module = modules.SequenceClassification(path, given, problem=problem)  # type: ignore[arg-type]
     elif name.endswith("ForTokenClassification"):
-        with suppress(ValueError):  # tags of no scheme that is known, such as parts of speech
-            module = modules.TokenClassification(path, labels)
+        scheme = _scheme(labels)
+        if scheme is not None:
+            module = modules.TokenClassification(path, labels, scheme=scheme)  # type: ignore[arg-type]
     elif name.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple")):
         module = modules.QuestionAnswering(path)
     elif name.endswith("ForMultipleChoice"):

@@ -27,8 +27,16 @@ class Predictor:
 
     - text-classification: a text, a pair of texts, or ``{"text", "text_pair"}``; ``label``, ``score`` and
       ``probabilities``, for regression ``score``.
-    - feature-extraction: the same; ``embedding``.
+    - token-classification: a text or ``{"text"}``, words as a list in the list of rows or as ``{"tokens"}``;
+      ``entities``, each ``{"label", "text", "start", "end", "score"}``, and for words ``tags``. Where tags are of no
+      scheme (parts of speech), ``words`` in place of ``entities``. Long texts lie in overlapping windows.
+    - question-answering: ``{"question", "context"}``, or a pair; ``answer``, ``score``, ``start``, ``end``,
+      ``null_score`` and ``n_best``. Long contexts lie in overlapping windows.
     - multiple-choice: ``{"context", "choices"}``; ``choice``, ``score`` and ``probabilities``.
+    - fill-mask: a text with mask tokens, or ``{"text"}``; ``tokens``, for each mask the likeliest, and ``filled``.
+    - cloze: a mapping with the patterns' columns, or a text where there is one column; ``label``, ``score``,
+      ``probabilities`` and ``pattern_probabilities``.
+    - feature-extraction: as text-classification; ``embedding``.
 
     Args:
         folder: What ``lightning-ft export`` wrote; by default where this file lies.
@@ -80,6 +88,8 @@ class Predictor:
         self.batch_size = batch_size
         self.max_length = _longest(head["max_length"], max_length, self.settings.get("max_length"))
         held = session if isinstance(session, Mapping) else {"model.onnx": session} if session is not None else None
+        if held is not None and (lacking := [name for name in kind.files if name not in held]):
+            raise ValueError(f"session: it has {', '.join(held)}, and {self.task} needs {', '.join(lacking)}")
         self._reader = kind(
             Exported(
                 place=place,

@@ -17,12 +17,12 @@ from lightning_ft.export import Predictor, export_onnx
 from lightning_ft.modules import (
     Cloze,
     MaskedLM,
-    MultiTask,
     QuestionAnswering,
     SequenceClassification,
     TokenClassification,
     TransformerModule,
 )
+from tests.export.served import serve
 from tests.export.test_predictor import as_predicted
 from tests.modules.test_cloze import words
 from tests.pretrained import CORPUS, pretrained, tokenizer
@@ -57,6 +57,12 @@ def model_folder(path: Path, family: str, auto: Any) -> str:
     return str(path)
 
 
+def decide(module: TokenClassification) -> None:
+    """Tags that change from word to word."""
+    with torch.no_grad():
+        module.model.classifier.weight.normal_(0, 3, generator=torch.Generator().manual_seed(1))
+
+
 def assert_close(found: Any, wanted: Any) -> None:
     """Equal, but for numbers within 1e-5."""
     if isinstance(wanted, dict):
@@ -75,9 +81,14 @@ def assert_close(found: Any, wanted: Any) -> None:
         assert type(found) is type(wanted)
 
 
-def check(module: TransformerModule, data: Any, rows: list[Any], out: Path, **options: Any) -> Predictor:
+def check(
+    module: TransformerModule, data: Any, rows: list[Any], out: Path, *, traced: bool = False, **options: Any
+) -> Predictor:
     """All rows at once, in batches of another size, and one by one, as `lightning-ft predict` answers them."""
-    export_onnx(module, out, max_length=32)
+    if traced:
+        export_onnx(module, out, max_length=32)
+    else:
+        options["session"] = serve(module, out)
     wanted = as_predicted(module, data)
     assert len({json.dumps(row) for row in wanted}) > len(wanted) / 2
     predict = Predictor(out, threads=1, batch_size=5, **options)
@@ -102,7 +113,9 @@ def test_entities_in_texts(family: str, tmp_path: Path) -> None:
     data = TokenClassificationData(
         path, predict=table, text="text", labels=LABELS, max_length=24, stride=7, eval_batch_size=3
     )
-    predict = check(module, data, TEXTS, tmp_path / "out", max_length=24, settings={"stride": 7})
+    decide(module)
+    traced = family == "bert"
+    predict = check(module, data, TEXTS, tmp_path / "out", traced=traced, max_length=24, settings={"stride": 7})
     [item] = predict.encode([LONG])
     assert len(item.parts) > 3
     assert predict.length(item) == sum(len(part.ids[0]) for part in item.parts)
@@ -124,6 +137,7 @@ def test_tags_of_words(family: str, scheme: Any, tmp_path: Path) -> None:
     data = TokenClassificationData(
         path, predict=Dataset.from_dict({"tokens": rows}), labels=labels, scheme=scheme, max_length=20
     )
+    decide(module)
     predict = check(module, data, rows, tmp_path / "out", max_length=20)
     assert predict([{"tokens": rows[0]}]) == predict([rows[0]])
     assert any(row["entities"] for row in predict(rows))
@@ -134,16 +148,17 @@ def test_tags_of_no_scheme(tmp_path: Path) -> None:
     path = model_folder(tmp_path / "model", "bert", hf.AutoModelForTokenClassification)
     model = hf.AutoModelForTokenClassification.from_pretrained(path, num_labels=3, ignore_mismatched_sizes=True)
     model.config.id2label = {0: "NOUN", 1: "VERB", 2: "X"}
-    export_onnx(model.eval(), tmp_path / "out", tokenizer=tokenizer("bert"), max_length=16)
+    model.eval().save_pretrained(path)
+    session = serve(path, tmp_path / "out")
     text = "the film is a dull story"
-    found = Predictor(tmp_path / "out")(text)
+    found = Predictor(tmp_path / "out", session=session)(text)
     assert [word["text"] for word in found["words"]] == text.split()
     with torch.inference_mode():
         logits = model(**tokenizer("bert")(text, return_tensors="pt")).logits[0, 1:7].softmax(-1)
     wanted = [["NOUN", "VERB", "X"][i] for i in logits.argmax(-1)]
     assert [word["label"] for word in found["words"]] == wanted
     assert [word["score"] for word in found["words"]] == pytest.approx(logits.max(-1).values.tolist(), abs=1e-5)
-    assert Predictor(tmp_path / "out")([text.split()])[0]["tags"] == wanted
+    assert Predictor(tmp_path / "out", session=session)([text.split()])[0]["tags"] == wanted
 
 
 @pytest.mark.parametrize(
@@ -154,8 +169,8 @@ def test_scheme_of_a_model_that_says_none(labels: list[str], scheme: str, tmp_pa
     options = {"num_labels": len(labels), "ignore_mismatched_sizes": True}
     model = hf.AutoModelForTokenClassification.from_pretrained(path, **options)
     model.config.id2label = dict(enumerate(labels))
-    export_onnx(model.eval(), tmp_path / "out", tokenizer=tokenizer("bert"), max_length=16)
-    predict = Predictor(tmp_path / "out")
+    model.save_pretrained(path)
+    predict = Predictor(tmp_path / "out", session=serve(path, tmp_path / "out"))
     assert predict.settings["scheme"] == scheme
     assert set(predict("Anna sings")) == {"entities"}
 
@@ -187,7 +202,8 @@ def test_answers(family: str, threshold: float | None, tmp_path: Path) -> None:
         path, predict=Dataset.from_list(QUESTIONS), max_length=32, stride=9, context_first=first, eval_batch_size=3
     )
     settings = {"stride": 9, "context_first": first}
-    predict = check(module, data, QUESTIONS, tmp_path / "out", max_length=32, settings=settings)
+    traced = (family, threshold) == ("bert", 0.0)
+    predict = check(module, data, QUESTIONS, tmp_path / "out", traced=traced, max_length=32, settings=settings)
     assert predict([("what is it ?", CORPUS[0])]) == predict([{"question": "what is it ?", "context": CORPUS[0]}])
     assert len(predict.encode(QUESTIONS[:1])[0].parts) > 3
     for row, error, message in (
@@ -211,12 +227,12 @@ def test_masks(family: str, tmp_path: Path) -> None:
     texts = [text.replace("the", mask).replace("is", mask) for text in TEXTS if len(text) < 100]
     module = MaskedLM(path, top_k=4)
     data = LanguageModelingData(path, predict=Dataset.from_dict({"text": texts}), max_length=60, eval_batch_size=3)
-    predict = check(module, data, texts, tmp_path / "out", max_length=60)
+    predict = check(module, data, texts, tmp_path / "out", traced=family == "bert", max_length=60)
     assert len(predict(f"{mask} {mask}")["tokens"]) == 2
-    with pytest.raises(ValueError, match="row 0: a mask token stands at token .*, past max_length=60"):
+    with pytest.raises(ValueError, match=r"row 0: a mask token stands at token .*, past max_length=60"):
         predict("a " * 80 + mask)
-    whole = Predictor(tmp_path / "out", max_length=60, truncate=False)
-    with pytest.raises(ValueError, match=r"row 0: it has 82 tokens, and max_length=60: shorten it"):
+    whole = Predictor(tmp_path / "out", max_length=60, truncate=False, session=predict._reader.graph.session)
+    with pytest.raises(ValueError, match=r"row 0: it has 8\d tokens, and max_length=60: shorten it"):
         whole("a " * 80)
 
 
@@ -248,20 +264,21 @@ def test_cloze(family: str, calibrate: bool, tmp_path: Path) -> None:
     rows = [{"text": text, "other": other} for text, other in zip(TEXTS, TEXTS[::-1], strict=True)]
     module = Cloze(path, **task)
     data = ClozeData(path, predict=Dataset.from_list(rows), **task, max_length=30, eval_batch_size=3)
-    predict = check(module, data, rows, tmp_path / "out", max_length=30)
+    predict = check(module, data, rows, tmp_path / "out", traced=family == "bert" and calibrate, max_length=30)
+    session = predict._reader.graph.session
     assert predict(rows[0])["label"] in module.labels
     with pytest.raises(TypeError, match="row 1: expected a mapping with text, other, got"):
         predict([rows[0], {"text": "a"}])
     with pytest.raises(ValueError, match=r"row 0: in its pattern it has \d\d+ tokens, and max_length=30"):
-        Predictor(tmp_path / "out", max_length=30, truncate=False)([{"text": LONG, "other": "a"}])
-    with pytest.raises(ValueError, match="row 0: pattern .* and max_length leaves"):
-        Predictor(tmp_path / "out", max_length=4)([rows[0]])
+        Predictor(tmp_path / "out", max_length=30, truncate=False, session=session)([{"text": LONG, "other": "a"}])
+    with pytest.raises(ValueError, match=r"row 0: pattern .* and max_length leaves"):
+        Predictor(tmp_path / "out", max_length=4, session=session)([rows[0]])
 
 
 def test_cloze_with_words_of_two_tokens(tmp_path: Path) -> None:
     path = model_folder(tmp_path / "model", "bert", hf.AutoModelForMaskedLM)
     known = hf.AutoTokenizer.from_pretrained(path)
-    double = [word for word in sorted(set(LONG.split())) if len(known.tokenize(word)) == 2][:2]
+    double = [f"{word}s" for word in sorted(set(LONG.split())) if len(known.tokenize(f"{word}s")) == 2][:2]
     task: dict[str, Any] = {
         "patterns": ["{text} it was {mask}{mask} ."],
         "verbalizer": {"a": double[0], "b": [double[1], words(path)["pos"][0]]},
@@ -301,7 +318,7 @@ def test_texts_that_are_cut_on_the_left(tmp_path: Path) -> None:
 def test_a_folder_of_several_tasks_names_them(tmp_path: Path) -> None:
     path = model_folder(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
     heads = {"mood": SequenceClassification(path, ["no", "yes"]), "tone": SequenceClassification(path, ["a", "b"])}
-    export_onnx(MultiTask(heads), tmp_path / "out", max_length=8)
+    sessions = {name: serve(head, tmp_path / "out" / name) for name, head in heads.items()}
     with pytest.raises(FileNotFoundError, match=r"holds a model for each of mood, tone: give the folder of one"):
         Predictor(tmp_path / "out")
-    assert Predictor(tmp_path / "out" / "tone")("a film")["label"] in ("a", "b")
+    assert Predictor(tmp_path / "out" / "tone", session=sessions["tone"])("a film")["label"] in ("a", "b")
