@@ -55,6 +55,7 @@ def export_onnx(
     opset: int = 20,
     max_length: int = 128,
     tolerance: float = 1e-5,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = log.info,
 ) -> Report:
     """Export a model to a folder for ONNX Runtime, proved equal to it before the folder appears.
@@ -87,6 +88,8 @@ def export_onnx(
         opset: Version of the ONNX operators, 18 to 22. 20 is the first with a GELU node.
         max_length: Tokens in the longest text that is compared; at least 8.
         tolerance: Largest error allowed, of the graph in fp32. Sound ones stay near 1e-6.
+        settings: How ``predictor.py`` makes tokens of rows where it is not to take its defaults: the ``max_length``,
+            the windows' ``stride`` and the like, such as :func:`lightning_ft.export.reading_settings` of the data.
         progress: Is told each thing as it begins.
 
     Returns:
@@ -113,7 +116,12 @@ def export_onnx(
     parts = open_source(source, head=head, tokenizer=tokenizer)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
-    parts = {name: replace(part, head=with_reading_settings(part.head, part.tokenizer)) for name, part in parts.items()}
+    if settings and len(parts) > 1:
+        raise ValueError("settings: the source has several heads, and settings are of one: export each by itself")
+    parts = {
+        name: replace(part, head=with_reading_settings(part.head, part.tokenizer, settings))
+        for name, part in parts.items()
+    }
     if gate is not None and len(parts) > 1:
         raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():

@@ -215,6 +215,10 @@ class ClozeData(TextData):
             )
         return facts
 
+    def evaluation_contexts(self) -> tuple[Contexts, int]:
+        """The demonstrations of evaluation, ``[draw][pattern][demonstration][token]``, and the tokens kept for them."""
+        return self._contexts, self._shown * self._demonstration_room
+
     # ---- parts
 
     @cached_property
