@@ -44,10 +44,10 @@ class TorchSession:
         return [values[name].numpy() for name in names]
 
 
-def serve(module: Any, folder: Path) -> TorchSession:
+def serve(module: Any, folder: Path, settings: Mapping[str, Any] | None = None) -> TorchSession:
     """All of an export but its graph, and what runs in its place."""
     [part] = open_source(module).values()
-    part = replace(part, head=with_reading_settings(part.head, part.tokenizer))
+    part = replace(part, head=with_reading_settings(part.head, part.tokenizer, settings))
     folder.mkdir(parents=True)
     MODULE._save_companions(folder, part)
     return TorchSession(part)

@@ -12,11 +12,19 @@ import torch
 import transformers as hf
 from datasets import Dataset
 
-from lightning_ft.data import ClozeData, LanguageModelingData, QuestionAnsweringData, TokenClassificationData
-from lightning_ft.export import Predictor, export_onnx
+from lightning_ft.data import (
+    ClassificationData,
+    ClozeData,
+    LanguageModelingData,
+    MultiTaskData,
+    QuestionAnsweringData,
+    TokenClassificationData,
+)
+from lightning_ft.export import Predictor, export_onnx, reading_settings
 from lightning_ft.modules import (
     Cloze,
     MaskedLM,
+    MultiTask,
     QuestionAnswering,
     SequenceClassification,
     TokenClassification,
@@ -82,13 +90,20 @@ def assert_close(found: Any, wanted: Any) -> None:
 
 
 def check(
-    module: TransformerModule, data: Any, rows: list[Any], out: Path, *, traced: bool = False, **options: Any
+    module: TransformerModule,
+    data: Any,
+    rows: list[Any],
+    out: Path,
+    *,
+    traced: bool = False,
+    written: Any = None,
+    **options: Any,
 ) -> Predictor:
     """All rows at once, in batches of another size, and one by one, as `lightning-ft predict` answers them."""
     if traced:
-        export_onnx(module, out, max_length=32)
+        export_onnx(module, out, max_length=32, settings=written)
     else:
-        options["session"] = serve(module, out)
+        options["session"] = serve(module, out, written)
     wanted = as_predicted(module, data)
     assert len({json.dumps(row) for row in wanted}) > len(wanted) / 2
     predict = Predictor(out, threads=1, batch_size=5, **options)
@@ -288,12 +303,50 @@ def test_cloze_with_words_of_two_tokens(tmp_path: Path) -> None:
     check(module, data, TEXTS, tmp_path / "out", max_length=30)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_cloze_with_demonstrations(family: str, tmp_path: Path) -> None:
+    """Those that the data module drew are shown beside each row, and calibrated for."""
+    auto = hf.AutoModelForCausalLM if family == "gpt2" else hf.AutoModelForMaskedLM
+    path = model_folder(tmp_path / "model", family, auto)
+    patterns = ["so {text} : {mask}", "is {text} it was {mask}"]
+    task: dict[str, Any] = {"patterns": patterns, "verbalizer": words(path), "calibrate": True}
+    train = Dataset.from_dict({"text": TEXTS[:5] * 3, "label": ["pos", "neg", "neg", "pos", "pos"] * 3})
+    shown = {"train": train, "demonstrations": 1, "demonstration_draws": 3, "max_length": 60}
+    data = ClozeData(path, predict=Dataset.from_dict({"text": TEXTS}), **task, **shown)
+    predict = check(Cloze(path, **task), data, TEXTS, tmp_path / "out", written=reading_settings(data))
+    assert len(predict.encode(TEXTS)[0].parts) == 6
+
+
 # ---- what all share
 
 
-def test_xlnet_pads_on_the_left(tmp_path: Path) -> None:
-    from lightning_ft.data import ClassificationData
+def test_settings_of_the_data(tmp_path: Path) -> None:
+    """The folder reads rows as the data module of its training did, without being told so."""
+    path = model_folder(tmp_path / "model", "bert", hf.AutoModelForQuestionAnswering)
+    data = QuestionAnsweringData(
+        path, predict=Dataset.from_list(QUESTIONS), max_length=30, stride=5, context_first=True, eval_batch_size=3
+    )
+    module = QuestionAnswering(path)
+    predict = check(module, data, QUESTIONS, tmp_path / "out", traced=True, written=reading_settings(data))
+    assert predict.max_length == 30
+    assert {name: predict.settings[name] for name in ("stride", "context_first")} == {
+        "stride": 5,
+        "context_first": True,
+    }
+    tagged = TokenClassificationData(path, labels=LABELS, max_length=20)
+    assert reading_settings(tagged) == {"max_length": 20, "stride": 5}
+    assert reading_settings(ClassificationData(path, max_length=20)) == {"max_length": 20}
+    with pytest.raises(TypeError, match="data: MultiTaskData is of no task whose rows"):
+        reading_settings(MultiTaskData({"a": tagged, "b": tagged}))
+    with pytest.raises(ValueError, match="settings: n_bets is none of 'question-answering': n_best"):
+        export_onnx(module, tmp_path / "none", settings={"n_bets": 1})
+    heads = MultiTask({"a": module, "b": QuestionAnswering(path)})
+    with pytest.raises(ValueError, match="settings: the source has several heads"):
+        export_onnx(heads, tmp_path / "none", settings={"n_best": 1})
+    assert not (tmp_path / "none").exists()
 
+
+def test_xlnet_pads_on_the_left(tmp_path: Path) -> None:
     path = model_folder(tmp_path / "model", "xlnet", hf.AutoModelForSequenceClassification)
     module = SequenceClassification(path, ["no", "yes"])
     data = ClassificationData(path, predict=Dataset.from_dict({"text": TEXTS}), labels=["no", "yes"], max_length=24)
@@ -302,8 +355,6 @@ def test_xlnet_pads_on_the_left(tmp_path: Path) -> None:
 
 
 def test_texts_that_are_cut_on_the_left(tmp_path: Path) -> None:
-    from lightning_ft.data import ClassificationData
-
     path = model_folder(tmp_path / "model", "bert", hf.AutoModelForSequenceClassification)
     hf.AutoTokenizer.from_pretrained(path, truncation_side="left").save_pretrained(path)
     module = SequenceClassification(path, ["no", "yes"])
