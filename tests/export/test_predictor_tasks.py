@@ -303,6 +303,25 @@ def test_cloze_with_words_of_two_tokens(tmp_path: Path) -> None:
     check(module, data, TEXTS, tmp_path / "out", max_length=30)
 
 
+def test_gaps_move_with_padding_on_the_left(tmp_path: Path) -> None:
+    """As decoders' tokenizers pad."""
+    path = model_folder(tmp_path / "model", "bert", hf.AutoModelForMaskedLM)
+    session = serve(Cloze(path, words(path), PAIR), tmp_path / "out")
+    file = tmp_path / "out" / "head.json"
+    head = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**head, "padding": {**head["padding"], "left": True}}))
+    fed: list[dict[str, Any]] = []
+    run = session.run
+    session.run = lambda names, feed: (fed.append(dict(feed)), run(names, feed))[1]  # type: ignore[method-assign]
+    rows = [{"text": text, "other": "a film"} for text in TEXTS]
+    Predictor(tmp_path / "out", session=session)(rows)
+    mask = hf.AutoTokenizer.from_pretrained(path).mask_token_id
+    for feed in fed:
+        assert (feed["attention_mask"][:, -1] == 1).all()
+        assert (feed["input_ids"][range(len(feed["gap"])), feed["gap"][:, 0]] == mask).all()
+    assert any((feed["attention_mask"][:, 0] == 0).any() for feed in fed)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_cloze_with_demonstrations(family: str, tmp_path: Path) -> None:
     """Those that the data module drew are shown beside each row, and calibrated for."""
