@@ -8,6 +8,7 @@ from lightning_ft.export.hf_folder import export_hf
 from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
 from lightning_ft.export.predictor import Predictor
+from lightning_ft.export.reading_settings import reading_settings
 from lightning_ft.export.timing import measure_latency
 from lightning_ft.export.verify import VerificationError, verify
 from lightning_ft.export.wrappers import GraphWrapper, Logits
@@ -27,5 +28,6 @@ __all__ = [
     "export_onnx",
     "load_session",
     "measure_latency",
+    "reading_settings",
     "verify",
 ]

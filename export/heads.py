@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -173,9 +173,15 @@ def own_head(module: TransformerModule, tokenizer: PreTrainedTokenizerBase | Non
     if isinstance(module, modules.MultipleChoice):
         return Head("multiple-choice", Choices)
     if isinstance(module, modules.MaskedLM):
-        return Head("fill-mask", TokenLogits)
+        return Head("fill-mask", TokenLogits, settings={"top_k": module.top_k})
     if isinstance(module, modules.Cloze):
-        settings = {"patterns": list(module.patterns), "decoder": module.decoder, "masks": module.masks}
+        settings = {
+            "patterns": list(module.patterns),
+            "words": dict(module.hparams["verbalizer"]),
+            "decoder": module.decoder,
+            "masks": module.masks,
+            "calibrate": module.calibrate,
+        }
         return Head("cloze", partial(LabelScores, words=module.words), tuple(module.labels), settings)
     if isinstance(module, modules.CausalLM):
         return generative_heads.causal_head(module, tokenizer)
@@ -235,9 +241,25 @@ def hf_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) 
         return head
     labels = tuple(model.config.id2label[index] for index in range(model.config.num_labels))
     if head.task == "token-classification":
-        return replace(head, labels=labels)
+        scheme = _scheme(labels)
+        return replace(head, labels=labels, settings={} if scheme is None else {"scheme": scheme})
     problem = _problem(model.config)
     return replace(head, labels=() if problem == "regression" else labels, settings={"problem": problem})
+
+
+def _scheme(labels: Sequence[str]) -> str | None:
+    """The first scheme whose tags all labels are, and of which one may begin an entity.
+
+    None where there is none: parts of speech.
+    """
+    from lightning_ft.metrics.entity_f1 import Scheme, tag_table
+
+    for scheme in get_args(Scheme):
+        with suppress(ValueError):
+            _, table = tag_table(labels, scheme)
+            if table[:, 1].any():
+                return str(scheme)
+    return None
 
 
 def _problem(config: Any) -> str:
@@ -296,8 +318,9 @@ def _ours(path: Path, name: str, config: Any) -> TransformerModule | None:
         given = None if problem == "regression" else labels
         module = modules.SequenceClassification(path, given, problem=problem)  # type: ignore[arg-type]
     elif name.endswith("ForTokenClassification"):
-        with suppress(ValueError):  # tags of no scheme that is known, such as parts of speech
-            module = modules.TokenClassification(path, labels)
+        scheme = _scheme(labels)
+        if scheme is not None:
+            module = modules.TokenClassification(path, labels, scheme=scheme)  # type: ignore[arg-type]
     elif name.endswith(("ForQuestionAnswering", "ForQuestionAnsweringSimple")):
         module = modules.QuestionAnswering(path)
     elif name.endswith("ForMultipleChoice"):

@@ -6,7 +6,6 @@ import copy
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -19,9 +18,9 @@ from torch import nn
 
 from lightning_ft.core.files import atomic_folder
 from lightning_ft.core.report import Report
-from lightning_ft.export import predictor
 from lightning_ft.export.averaged import averaged
 from lightning_ft.export.bake import check_depth
+from lightning_ft.export.bundle import bundle
 from lightning_ft.export.compare import MIN_LENGTH, prepare, reference
 from lightning_ft.export.ensemble import Ensemble
 from lightning_ft.export.extras import require
@@ -32,6 +31,8 @@ from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.manifest import is_export, provenance, seal, training_of
 from lightning_ft.export.parity import check_parity, open_graph
 from lightning_ft.export.quantize import Precision
+from lightning_ft.export.readers import READERS
+from lightning_ft.export.reading_settings import with_reading_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ def export_onnx(
     opset: int = 20,
     max_length: int = 128,
     tolerance: float = 1e-5,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[str], None] = log.info,
 ) -> Report:
     """Export a model to a folder for ONNX Runtime, proved equal to it before the folder appears.
@@ -92,6 +94,8 @@ def export_onnx(
         opset: Version of the ONNX operators, 18 to 22. 20 is the first with a GELU node.
         max_length: Tokens in the longest text that is compared; at least 8.
         tolerance: Largest error allowed, of the graph in fp32. Sound ones stay near 1e-6.
+        settings: How ``predictor.py`` makes tokens of rows where it is not to take its defaults: the ``max_length``,
+            the windows' ``stride`` and the like, such as :func:`lightning_ft.export.reading_settings` of the data.
         progress: Is told each thing as it begins.
 
     Returns:
@@ -121,6 +125,12 @@ def export_onnx(
     parts = open_source(source, head=head, tokenizer=tokenizer, members=members)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
+    if settings and len(parts) > 1:
+        raise ValueError("settings: the source has several heads, and settings are of one: export each by itself")
+    parts = {
+        name: replace(part, head=with_reading_settings(part.head, part.tokenizer, settings))
+        for name, part in parts.items()
+    }
     if gate is not None and len(parts) > 1:
         raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():
@@ -323,7 +333,9 @@ def save_companions(folder: Path, part: Exportable) -> None:
         "padding": {"token": padding.token, "token_type": padding.token_type, "left": padding.left},
         "max_length": longest_input(part.model, part.tokenizer),
     }
+    if part.tokenizer.truncation_side != "right":
+        known["truncation_side"] = part.tokenizer.truncation_side
     text = json.dumps(known, ensure_ascii=False, indent=2)
     (folder / "head.json").write_text(text + "\n", encoding="utf-8")
-    if part.tokenizer.is_fast and part.head.task in predictor.TASKS:
-        shutil.copyfile(predictor.__file__, folder / "predictor.py")
+    if part.tokenizer.is_fast and part.head.task in READERS:
+        (folder / "predictor.py").write_text(bundle("lightning_ft.export.predictor"), encoding="utf-8")

@@ -13,29 +13,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]  # they make encoders slower on a CPU
-TASKS = ("text-classification", "multiple-choice", "feature-extraction")
+from lightning_ft.export.readers import READERS
+from lightning_ft.export.reading.graph import PROVIDERS, Graph, open_graph
+from lightning_ft.export.reading.reader import Exported, Part, Reader
+
+TASKS = tuple(READERS)
 
 
 class Predictor:
-    """An exported model that takes texts.
+    """An exported model that takes texts, and gives what ``lightning-ft predict`` writes.
+
+    A row and its answer, by task:
+
+    - text-classification: a text, a pair of texts, or ``{"text", "text_pair"}``; ``label``, ``score`` and
+      ``probabilities``, for regression ``score``.
+    - token-classification: a text or ``{"text"}``, words as a list in the list of rows or as ``{"tokens"}``;
+      ``entities``, each ``{"label", "text", "start", "end", "score"}``, and for words ``tags``. Where tags are of no
+      scheme (parts of speech), ``words`` in place of ``entities``. Long texts lie in overlapping windows.
+    - question-answering: ``{"question", "context"}``, or a pair; ``answer``, ``score``, ``start``, ``end``,
+      ``null_score`` and ``n_best``. Long contexts lie in overlapping windows.
+    - multiple-choice: ``{"context", "choices"}``; ``choice``, ``score`` and ``probabilities``.
+    - fill-mask: a text with mask tokens, or ``{"text"}``; ``tokens``, for each mask the likeliest, and ``filled``.
+    - cloze: a mapping with the patterns' columns, or a text where there is one column; ``label``, ``score``,
+      ``probabilities`` and ``pattern_probabilities``.
+    - feature-extraction: as text-classification; ``embedding``.
 
     Args:
         folder: What ``lightning-ft export`` wrote; by default where this file lies.
         provider: ``"cpu"``, ``"cuda"`` or ``"tensorrt"``. One that cannot run is an error: ONNX Runtime would take
             the CPU in silence.
         threads: Threads within one operator; None leaves the choice to ONNX Runtime (all cores).
-        batch_size: Rows that are run at once; rows of similar length are put together.
-        max_length: Tokens that are kept of a row; by default, and at most, as many as the model takes.
+        batch_size: Rows of the graph that are run at once: texts, windows of long ones, or patterns. Those of similar
+            length are put together.
+        max_length: Tokens that are kept of a row, or that a window has; by default, and at most, as many as the model
+            takes. Where there are windows, by default what ``head.json`` says.
+        truncate: Cut rows that are longer. If false, they are an error. Tasks with windows lose nothing either way.
+        settings: Settings of ``head.json`` to replace, such as ``{"n_best": 3}``.
         session: What runs the graph, with the two methods of an ``onnxruntime.InferenceSession`` that are used here,
-            ``get_inputs()`` and ``run(names, feed)``: a graph that a server holds. ``provider`` and ``threads`` then
-            mean nothing.
+            ``get_inputs()`` and ``run(names, feed)``: a graph that a server holds; for several graphs a mapping of
+            their files' names to such. ``provider`` and ``threads`` then mean nothing.
 
     Raises:
         FileNotFoundError: The folder is not an exported one.
         RuntimeError: ONNX Runtime took another provider.
-        ValueError: A number is out of range, or the task is none that is read here.
+        ValueError: A number is out of range, a setting is none of the task's, or the task is none that is read here.
 
     Example::
 
@@ -52,46 +73,53 @@ class Predictor:
         threads: int | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
+        truncate: bool = True,
+        settings: Mapping[str, Any] | None = None,
         session: Any = None,
     ) -> None:
         place = Path(__file__).parent if folder is None else Path(folder)
-        for name in ("head.json", "tokenizer.json", *(("model.onnx",) if session is None else ())):
-            if not (place / name).is_file():
-                raise FileNotFoundError(f"{place / name} does not exist: give a folder that lightning-ft export wrote")
-        head = json.loads((place / "head.json").read_text(encoding="utf-8"))
-        self.task: str = head["task"]
-        self.labels: list[str] = head["labels"]
-        self.settings: dict[str, Any] = head["settings"]
-        self._padding: dict[str, Any] = head["padding"]
-        if self.task not in TASKS:
-            raise ValueError(f"{place} is for {self.task!r}, and only {', '.join(TASKS)} are read here yet")
-        limit = head["max_length"]
+        head, kind = _read_head(place, needs_graphs=session is None)
         for name, value in {"threads": threads, "batch_size": batch_size, "max_length": max_length}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be 1 or more")
-        if max_length is not None and limit is not None and max_length > limit:
-            raise ValueError(f"max_length={max_length} is more than the {limit} tokens that the model takes")
+        self.task: str = head["task"]
+        self.labels: list[str] = head["labels"]
+        self.settings = _settle(kind, head["settings"], settings or {})
         self.batch_size = batch_size
-        self.max_length: int | None = limit if max_length is None else max_length
-        self._tokenizer = self._load_tokenizer(place)
-        self._session = self._load_graph(place, provider, threads) if session is None else session
-        self._inputs = [entry.name for entry in self._session.get_inputs()]
+        self.max_length = _longest(head["max_length"], max_length, self.settings.get("max_length"))
+        held = session if isinstance(session, Mapping) else {"model.onnx": session} if session is not None else None
+        if held is not None and (lacking := [name for name in kind.files if name not in held]):
+            raise ValueError(f"session: it has {', '.join(held)}, and {self.task} needs {', '.join(lacking)}")
+        self._reader = kind(
+            Exported(
+                place=place,
+                task=self.task,
+                labels=self.labels,
+                settings=self.settings,
+                padding=head["padding"],
+                truncation_side=head.get("truncation_side", "right"),
+                limit=head["max_length"],
+                max_length=self.max_length,
+                truncate=truncate,
+                batch_size=batch_size,
+                open_graph=lambda name: (
+                    open_graph(place / name, provider, threads) if held is None else Graph(held[name])
+                ),
+            )
+        )
 
     def __call__(self, rows: Any) -> Any:
         """Predict.
 
         Args:
-            rows: A text, a pair of texts, or a list of them. For multiple choice a mapping with ``context`` and
-                ``choices``, or a list of such. Mappings with ``text`` and ``text_pair`` are taken for texts, too.
+            rows: A row of the task, or a list of rows.
 
         Returns:
-            What ``lightning-ft predict`` writes, a mapping for each row: ``label``, ``score`` and ``probabilities``;
-            for regression ``score``; for multiple choice ``choice``, ``score`` and ``probabilities``; ``embedding``
-            where the model has no head. One mapping alone for a single row.
+            A JSON-able mapping for each row, as ``lightning-ft predict`` writes it; one mapping alone for a single row.
 
         Raises:
-            TypeError: A row that is none of these.
-            ValueError: A row without a text.
+            TypeError: A row that is none of the task's.
+            ValueError: A row that the model cannot read, such as one without a token.
         """
         if not isinstance(rows, list):
             return self([rows])[0]
@@ -107,10 +135,14 @@ class Predictor:
             An item for each row, for :meth:`answer`; its type is no one else's business.
 
         Raises:
-            TypeError: A row that is none of those a call takes.
-            ValueError: A row without a text.
+            TypeError: A row that is none of the task's.
+            ValueError: A row that the model cannot read.
         """
-        return [self._pairs(row, number) for number, row in enumerate(rows)]
+        return [self._reader.encode(row, f"row {number}") for number, row in enumerate(rows)]
+
+    def length(self, item: Any) -> int:
+        """Tokens of an item of :meth:`encode`, all its windows, choices or patterns together."""
+        return sum(part.tokens for part in item.parts)
 
     def answer(self, items: Sequence[Any]) -> list[Any]:
         """Run items of :meth:`encode`, which may have come from several calls: the second half of a call.
@@ -121,128 +153,94 @@ class Predictor:
         Returns:
             A mapping for each item, as a call returns.
         """
-        found: list[Any] = [None] * len(items)
-        for chosen in self._batches(items):
-            for number, answer in zip(chosen, self._run([items[i] for i in chosen]), strict=True):
-                found[number] = answer
-        return found
+        parts = [part for item in items for part in item.parts]
+        outputs: list[Any] = [None] * len(parts)
+        for chosen in self._batches(parts):
+            for number, output in zip(chosen, self._reader.run([parts[i] for i in chosen]), strict=True):
+                outputs[number] = output
+        found = iter(outputs)
+        return [self._reader.answer(item, [next(found) for _ in item.parts]) for item in items]
 
-    # ---- rows
-
-    def _pairs(self, row: Any, number: int) -> list[Any]:
-        """The encoded texts of a row: one, or one for each choice."""
-        if self.task == "multiple-choice":
-            texts = self._choices(row, number)
-        elif isinstance(row, Mapping):
-            texts = [(row.get("text"), row.get("text_pair"))]
-        else:
-            texts = [tuple(row) if isinstance(row, tuple | list) and len(row) == 2 else (row, None)]
-        for text, pair in texts:
-            if not isinstance(text, str) or not (pair is None or isinstance(pair, str)):
-                given = row if len(repr(row)) < 80 else f"{repr(row)[:77]}..."
-                raise TypeError(f"row {number}: expected a text, a pair of texts or a mapping of them, got {given}")
-        encoded = [self._tokenizer.encode(*(part for part in pair if part is not None)) for pair in texts]
-        if not all(part.ids for part in encoded):
-            raise ValueError(f"row {number}: the tokenizer makes no token of it: give a text")
-        return encoded
-
-    @staticmethod
-    def _choices(row: Any, number: int) -> list[tuple[Any, Any]]:
-        choices = row.get("choices") if isinstance(row, Mapping) else None
-        if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
-            raise TypeError(f"row {number}: expected a mapping with context and choices, two or more")
-        return [(row.get("context"), choice) for choice in choices]
-
-    def _batches(self, items: Sequence[list[Any]]) -> Iterator[list[int]]:
-        """Numbers of rows that are run together: of similar length, with as many choices."""
-        lengths = [max(len(part.ids) for part in item) for item in items]
-        order = sorted(range(len(items)), key=lambda i: (len(items[i]), lengths[i]))
+    def _batches(self, parts: Sequence[Part]) -> Iterator[list[int]]:
+        """Numbers of parts that are run together: of one kind and of similar length."""
+        kinds = [self._reader.kind(part) for part in parts]
         batch: list[int] = []
-        for i in order:
-            if batch and (len(batch) == self.batch_size or len(items[i]) != len(items[batch[0]])):
+        for i in sorted(range(len(parts)), key=lambda i: (kinds[i], parts[i].width)):
+            if batch and (len(batch) == self.batch_size or kinds[i] != kinds[batch[0]]):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
 
-    # ---- the graph
 
-    def _run(self, items: list[list[Any]]) -> list[dict[str, Any]]:
-        import numpy as np
+def _read_head(place: Path, *, needs_graphs: bool) -> tuple[dict[str, Any], type[Reader]]:
+    """What ``head.json`` says, and the reader of its task.
 
-        parts = [part for item in items for part in item]
-        width = max(len(part.ids) for part in parts)
-        columns = {
-            "input_ids": ([part.ids for part in parts], self._padding["token"]),
-            "attention_mask": ([[1] * len(part.ids) for part in parts], 0),
-            "token_type_ids": ([part.type_ids for part in parts], self._padding["token_type"]),
-        }
-        feed = {}
-        for name in self._inputs:
-            values, value = columns[name]
-            table = np.full((len(parts), width), value, np.int64)
-            for row, ids in enumerate(values):
-                begin = width - len(ids) if self._padding["left"] else 0
-                table[row, begin : begin + len(ids)] = ids
-            shape = (len(items), len(items[0]), width) if self.task == "multiple-choice" else table.shape
-            feed[name] = table.reshape(shape)
-        if self.task == "feature-extraction":
-            return [{"embedding": row.tolist()} for row in self._session.run(["embedding"], feed)[0]]
-        logits = self._session.run(["logits"], feed)[0].astype(np.float32)
-        return [self._answer(row) for row in logits]
+    Raises:
+        FileNotFoundError: A file that is needed is not there.
+        ValueError: There is no reader for the task.
+    """
+    if not (place / "head.json").is_file() and (
+        tasks := sorted(file.parent.name for file in place.glob("*/head.json"))
+    ):
+        raise FileNotFoundError(
+            f"{place} holds a model for each of {', '.join(tasks)}: give the folder of one, such as {place / tasks[0]}"
+        )
+    _need(place / "head.json")
+    head: dict[str, Any] = json.loads((place / "head.json").read_text(encoding="utf-8"))
+    if (kind := READERS.get(head["task"])) is None:
+        raise ValueError(f"{place} is for {head['task']!r}, and only {', '.join(READERS)} are read here")
+    for name in ("tokenizer.json", *(kind.files if needs_graphs else ())):
+        _need(place / name)
+    return head, kind
 
-    def _answer(self, logits: Any) -> dict[str, Any]:
-        import numpy as np
 
-        problem = self.settings.get("problem", "single_label")
-        if problem == "regression":
-            return {"score": float(logits[0])}
-        if problem == "multi_label":
-            shares = 1 / (1 + np.exp(-logits))
-            label: Any = [name for name, share in zip(self.labels, shares, strict=True) if share > 0.5]
-        else:
-            powers = np.exp(logits - logits.max())
-            shares = powers / powers.sum()
-            best = int(shares.argmax())
-            label = best if self.task == "multiple-choice" else self.labels[best]
-        name = "choice" if self.task == "multiple-choice" else "label"
-        return {name: label, "score": float(shares.max()), "probabilities": shares.tolist()}
+def _need(file: Path) -> None:
+    if not file.is_file():
+        why = ""
+        if file.name == "tokenizer.json" and file.with_name("head.json").is_file():
+            why = " (a model whose tokenizer is a slow one, written in Python, has none, and is not read here)"
+        raise FileNotFoundError(f"{file} does not exist{why}: give a folder that lightning-ft export wrote")
 
-    # ---- files
 
-    def _load_tokenizer(self, place: Path) -> Any:
-        from tokenizers import Tokenizer
+def _settle(kind: type[Reader], written: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The reader's settings."""
+    known = {**kind.defaults, **written}
+    if unknown := sorted(given.keys() - known.keys()):
+        raise ValueError(f"settings: {', '.join(unknown)} is none of this task's: {', '.join(known) or 'it has none'}")
+    return {**known, **given}
 
-        tokenizer = Tokenizer.from_file(str(place / "tokenizer.json"))
-        tokenizer.no_padding()
-        if self.max_length is None:
-            tokenizer.no_truncation()
-        else:
-            strategy = "only_first" if self.task == "multiple-choice" else "longest_first"
-            tokenizer.enable_truncation(self.max_length, strategy=strategy)
-        return tokenizer
 
-    @staticmethod
-    def _load_graph(place: Path, provider: str, threads: int | None) -> Any:
-        import onnxruntime as ort
+def _longest(limit: int | None, given: int | None, usual: int | None) -> int | None:
+    """Tokens of a row or window."""
+    if given is None:
+        known = [number for number in (limit, usual) if number is not None]
+        return min(known, default=None)
+    if limit is not None and given > limit:
+        raise ValueError(f"max_length={given} is more than the {limit} tokens that the model takes")
+    return given
 
-        if provider not in PROVIDERS:
-            raise ValueError(f"provider={provider!r}: expected one of {', '.join(PROVIDERS)}")
-        options = ort.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        wanted = PROVIDERS[provider]
-        if wanted not in ort.get_available_providers():
-            raise RuntimeError(
-                f"provider={provider!r}: this onnxruntime has {', '.join(ort.get_available_providers())}"
-            )
-        off = SLOW_FUSIONS if provider == "cpu" else []
-        path = str(place / "model.onnx")
-        session = ort.InferenceSession(path, options, providers=[wanted], disabled_optimizers=off)
-        if (used := session.get_providers()[0]) != wanted:
-            raise RuntimeError(f"provider={provider!r} cannot run here: ONNX Runtime took {used}")
-        return session
+
+def read_rows(text: str) -> list[Any]:
+    """Rows of JSON Lines, or plain texts, one on a line; empty lines are left out.
+
+    A line that begins with ``[`` or ``"`` and is no JSON is a plain text; one that begins with ``{`` must be JSON.
+
+    Raises:
+        ValueError: A line that must be JSON and is not.
+    """
+    rows: list[Any] = []
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line) if line.lstrip()[:1] in '{["' else line.removesuffix("\r"))
+        except json.JSONDecodeError as error:
+            if line.lstrip().startswith("{"):
+                raise ValueError(f"row {len(rows)}: no JSON, {error}: {line[:60]}") from None
+            rows.append(line.removesuffix("\r"))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -254,18 +252,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--max-length", type=int)
+    parser.add_argument("--no-truncate", action="store_true", help="refuse rows that are too long")
+    parser.add_argument("--settings", type=json.loads, help="JSON, such as '{\"n_best\": 3}'")
     chosen = parser.parse_args(arguments)
-    text = sys.stdin.read() if chosen.rows is None else Path(chosen.rows).read_text(encoding="utf-8")
-    rows = [json.loads(line) if line[:1] in '{["' else line for line in text.splitlines() if line.strip()]
-    predict = Predictor(
-        chosen.folder,
-        provider=chosen.provider,
-        threads=chosen.threads,
-        batch_size=chosen.batch_size,
-        max_length=chosen.max_length,
-    )
-    for number, answer in enumerate(predict(rows)):
-        print(json.dumps({"row": number, **answer}, ensure_ascii=False))
+    try:
+        # Not the locale's encoding: rows are UTF-8.
+        text = sys.stdin.buffer.read() if chosen.rows is None else Path(chosen.rows).read_bytes()
+        predict = Predictor(
+            chosen.folder,
+            provider=chosen.provider,
+            threads=chosen.threads,
+            batch_size=chosen.batch_size,
+            max_length=chosen.max_length,
+            truncate=not chosen.no_truncate,
+            settings=chosen.settings,
+        )
+        answers = predict(read_rows(text.decode("utf-8")))
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        parser.exit(2, f"predictor.py: {error}\n")
+    for number, answer in enumerate(answers):
+        sys.stdout.buffer.write(json.dumps({"row": number, **answer}, ensure_ascii=False).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -174,7 +174,6 @@ class TextGenerator:
 
     def _ids(self, row: Any, number: int) -> list[int]:
         text, chats = self._text(row, number)
-        ids: list[int]
         if self._pairs:
             ids: list[int] = self._tokenizer.encode(text).ids
         else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import string
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,19 +110,15 @@ def parse_patterns(patterns: str | Sequence[str]) -> list[Pattern]:
     return parsed
 
 
-@dataclass(frozen=True)
-class Body:
-    """Tokens of a filled pattern, without the special ones around them.
-
-    Args:
-        ids: The tokens.
-        gap: Which of them stand in the gap.
-        cut: Whether text was left out.
-    """
+class Body(NamedTuple):
+    """Tokens of a filled pattern, without the special ones around them."""
 
     ids: list[int]
+    """The tokens."""
     gap: list[bool]
+    """Which of them stand in the gap."""
     cut: bool
+    """Whether text was left out."""
 
 
 def encode_pattern(

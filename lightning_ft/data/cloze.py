@@ -11,24 +11,22 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ft.core.counter_random import random_key
-from lightning_ft.core.pattern import encode_pattern, encode_prompt, parse_patterns
+from lightning_ft.core.pattern import encode_pattern, parse_patterns
 from lightning_ft.core.special_tokens import around
 from lightning_ft.core.verbaliser import is_decoder, parse_verbalizer, word_tokens
 from lightning_ft.data.base import Rows, TextData
-from lightning_ft.data.cloze_rows import Demonstrations, EvaluationRows, Frame, MaskedTexts, TrainRows
+from lightning_ft.data.cloze_rows import Demonstrations, EvaluationRows, MaskedTexts, TrainRows
 from lightning_ft.data.curriculum import Curriculum
 from lightning_ft.data.encoding import EncodedRows, encode_once, token_counts
 from lightning_ft.data.labels import encode_labels, read_labels
 from lightning_ft.data.masking import Masking
 from lightning_ft.data.sources import first_true
 from lightning_ft.data.windows import source_rows, windows_of
+from lightning_ft.functional.cloze_windows import Contexts, Frame, cloze_windows, content_free
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
-
-Contexts = list[list[list[list[int]]]]
-"""Tokens of the demonstrations, ``[draw][pattern][demonstration][token]``."""
 
 
 class ClozeData(TextData):
@@ -217,6 +215,10 @@ class ClozeData(TextData):
             )
         return facts
 
+    def evaluation_contexts(self) -> tuple[Contexts, int]:
+        """The demonstrations of evaluation, ``[draw][pattern][demonstration][token]``, and the tokens kept for them."""
+        return self._contexts, self._shown * self._demonstration_room
+
     # ---- parts
 
     @cached_property
@@ -263,24 +265,12 @@ class ClozeData(TextData):
     def _framed(self, batch: Mapping[str, Sequence[str]], rows: Sequence[int], contexts: Contexts) -> dict[str, Any]:
         room = self.max_length - self._shown * self._demonstration_room - len(self._frame.before)
         room -= 0 if self.decoder else len(self._frame.after)
-        word = next(iter(self.verbalizer.values()))[0]
-        filled = [
-            encode_prompt(pattern, self.tokenizer, batch, room, word=word)
-            if self.decoder
-            else encode_pattern(pattern, self.tokenizer, batch, room, mask=self.tokenizer.mask_token)
-            for pattern in self.patterns
-        ]
-        out: dict[str, list[Any]] = {n: [] for n in ("input_ids", "mask_positions", "pattern", "row", "truncated")}
-        for number, row in enumerate(rows):
-            for context in contexts or [[[] for _ in self.patterns]]:
-                for pattern, demonstrations in enumerate(context):
-                    body = filled[pattern][number]
-                    ids = self._frame.join(body.ids, demonstrations)
-                    out["input_ids"].append(ids)
-                    out["mask_positions"].append(self._frame.gap(ids, body.gap))
-                    out["pattern"].append(pattern)
-                    out["row"].append(row)
-                    out["truncated"].append(body.cut)
+        out = cloze_windows(
+            *(self.patterns, self.tokenizer, self._frame, batch, rows),
+            room=room,
+            word=next(iter(self.verbalizer.values()))[0],
+            contexts=contexts,
+        )
         if "token_type_ids" in self.tokenizer.model_input_names:
             out["token_type_ids"] = [[0] * len(ids) for ids in out["input_ids"]]
         return out
@@ -322,7 +312,7 @@ class ClozeData(TextData):
         """A batch of inputs without content, in every context: those of Zhao et al. 2021."""
         from datasets import Dataset
 
-        texts = ["N/A", "", self.tokenizer.mask_token or "[MASK]"]
+        texts = content_free(self.tokenizer.mask_token)
         rows = Dataset.from_dict(self._framed(dict.fromkeys(self.texts, texts), range(len(texts)), self._contexts))
         if not all(rows["input_ids"]):
             raise ValueError("calibrate shows the model an empty text: let every pattern begin with a word")

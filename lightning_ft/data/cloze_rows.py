@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,50 +15,10 @@ from lightning_ft.core.counter_random import below, random_bits, random_key
 from lightning_ft.data.encoding import EncodedRows, token_counts
 from lightning_ft.data.masking import Masking
 from lightning_ft.data.windows import WindowRows, source_rows
+from lightning_ft.functional.cloze_windows import Frame
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What stands around a filled pattern and its demonstrations.
-
-    A masked model reads the row first and each demonstration behind it, ended as the row is; a decoder, which fills in
-    what comes last, reads the demonstrations first.
-
-    Args:
-        before: Special tokens at the beginning.
-        after: Special tokens at the end of each text; between demonstrations for a decoder.
-        decoder: Whether the model is a decoder.
-
-    Example:
-        >>> Frame([1], [2], decoder=False).join([7, 8], [[3, 4], [5]])
-        [1, 7, 8, 2, 3, 4, 2, 5, 2]
-        >>> Frame([1], [9], decoder=True).join([7, 8], [[3, 4], [5]])
-        [1, 3, 4, 9, 5, 9, 7, 8]
-    """
-
-    before: list[int]
-    after: list[int]
-    decoder: bool
-
-    def join(self, ids: Sequence[int], demonstrations: Iterable[Sequence[int]] = ()) -> list[int]:
-        """The tokens of a row and its demonstrations as one."""
-        shown = [token for demonstration in demonstrations for token in (*demonstration, *self.after)]
-        return [*self.before, *shown, *ids] if self.decoder else [*self.before, *ids, *self.after, *shown]
-
-    def add(self, ids: Sequence[int], demonstrations: Iterable[Sequence[int]]) -> list[int]:
-        """What :meth:`join` makes of them, for ``ids`` that are framed already."""
-        end = len(ids) - (0 if self.decoder else len(self.after))
-        return self.join(ids[len(self.before) : end], demonstrations)
-
-    def gap(self, ids: Sequence[int], inside: Sequence[bool]) -> list[int]:
-        """1 where a joined row's logits are the gap's, ``inside`` being the row's own tokens that stand in it."""
-        if self.decoder:
-            return [0] * (len(ids) - 1) + [1]
-        start = [0] * len(self.before) + [int(token) for token in inside]
-        return start + [0] * (len(ids) - len(start))
 
 
 class Demonstrations:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.answer_reading import AnswerWindow, read_answer
 from lightning_ft.functional.answer_spans import AnswerSpans, best_spans, lowest_of_rows
 from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.metrics.squad import Squad
@@ -168,25 +169,24 @@ class QuestionAnswering(TransformerModule):
             threshold) and ``n_best`` (a list of ``text``, ``score``, ``start`` and ``end``, best first, no answer
             among them).
         """
-        spans, null_scores = self._decode(self(batch), batch)
-        null = null_scores + spans.scores[:, 0] if self.no_answer else torch.full_like(null_scores, -torch.inf)
-        scores = torch.cat([spans.scores, null[:, None]], 1)
-        shares = scores.softmax(1).nan_to_num(0.0)
-        places = (F.pad(chars, (0, 1)) for chars in (spans.starts, spans.ends))
-        columns = [values.tolist() for values in (shares, *places, scores > -torch.inf)]
-        chosen, n_best = [], []
-        for text, none, *row in zip(batch["context"], self._unanswered(null_scores), *columns, strict=True):
-            candidates = [_span(text, *place) for place in zip(*row[:3], strict=True)]
-            chosen.append(candidates[-1 if none else 0])
-            there = [span for span, known in zip(candidates, row[3], strict=True) if known]
-            n_best.append(sorted(there, key=lambda span: -span["score"]))
-        names = {"answer": "text", "score": "score", "start": "start", "end": "end"}
-        result: dict[str, list[Any]] = {name: [span[key] for span in chosen] for name, key in names.items()}
-        return {**result, **({"null_score": null_scores.tolist()} if self.no_answer else {}), "n_best": n_best}
-
-    def _unanswered(self, null_scores: Tensor) -> list[bool]:
-        unanswered: list[bool] = (null_scores > self.no_answer_threshold).tolist()
-        return unanswered
+        starts, ends = (logits.float().cpu().numpy() for logits in self(batch))
+        places = (batch[name].cpu().numpy() for name in ("char_starts", "char_ends"))
+        windows = [AnswerWindow(*row) for row in zip(starts, ends, *places, batch["cls"].tolist(), strict=True)]
+        of: list[list[AnswerWindow]] = [[] for _ in batch["context"]]
+        for window, row in zip(windows, batch["example"].tolist(), strict=True):
+            of[row].append(window)
+        threshold = self.no_answer_threshold.item()
+        rows = [
+            read_answer(
+                *(context, found),
+                n_best=self.n_best,
+                max_answer_length=self.max_answer_length,
+                no_answer=self.no_answer,
+                no_answer_threshold=threshold,
+            )
+            for context, found in zip(batch["context"], of, strict=True)
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
@@ -195,7 +195,3 @@ def _position_loss(logits: Tensor, positions: Tensor) -> Tensor:
     positions = positions.clamp(0, width)
     total = F.cross_entropy(logits.float(), positions, ignore_index=width, reduction="sum")
     return total / (positions < width).sum().clamp(min=1)
-
-
-def _span(text: str, score: float, start: int, end: int) -> dict[str, Any]:
-    return {"text": text[start:end], "score": score, "start": start, "end": end}

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.entity_reading import read_entities
 from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.functional.token_loss import token_cross_entropy
-from lightning_ft.metrics.entity_f1 import EntityF1, Scheme, entity_spans, tag_table
+from lightning_ft.metrics.entity_f1 import EntityF1, Scheme, tag_table
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
 
@@ -142,20 +142,10 @@ class TokenClassification(TransformerModule):
             probability of the tags of the entity's words. For rows of words also ``tags``, one for each word.
         """
         tags, scores = self.word_tags(self(batch), batch)
-        starts, ends, kinds = entity_spans(tags, self.tag_table)
-        found = starts.nonzero()
-        last = ends[starts] - 1
-        sums = F.pad(scores.double(), (1, 0)).cumsum(1)
-        rows, first = found.unbind(1)
-        means = (sums[rows, last + 1] - sums[rows, first]) / (last + 1 - first)
-        begin, end = batch["offsets"][rows, first, 0], batch["offsets"][rows, last, 1]
         texts = batch["text"] if "text" in batch else [" ".join(words) for words in batch["tokens"]]
-        entities: list[list[dict[str, Any]]] = [[] for _ in texts]
-        columns = (part.tolist() for part in (rows, kinds[starts], begin, end, means))
-        for row, kind, a, b, score in zip(*columns, strict=True):
-            entities[row].append(
-                {"label": self.types[kind], "text": texts[row][a:b], "start": a, "end": b, "score": score}
-            )
+        table = self.tag_table.tolist()
+        rows = zip(tags.tolist(), scores.tolist(), batch["offsets"].tolist(), texts, strict=True)
+        entities = [read_entities(*row, self.types, table) for row in rows]
         if "text" in batch:
             return {"entities": entities}
         named = [[self.labels[i] for i in row] for row in tags.tolist()]

@@ -287,8 +287,8 @@ def test_the_tokenizer_is_asked_once(folder: Any, tmp_path: Path, monkeypatch: p
     calls: list[int] = []
     from lightning_ft.data import cloze
 
-    encode = cloze.encode_pattern
-    monkeypatch.setattr(cloze, "encode_pattern", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    encode = cloze.cloze_windows
+    monkeypatch.setattr(cloze, "cloze_windows", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
     counts = []
     for options in (
         {},

@@ -38,6 +38,7 @@ from lightning_ft.export import (
     measure_latency,
     predictor,
 )
+from lightning_ft.export.bundle import bundle
 from lightning_ft.export.parity import Probe, check_parity, make_probes
 
 # The function of the same name hides the module in the package.
@@ -151,7 +152,7 @@ def test_folder_and_report(exported: SimpleNamespace) -> None:
         "padding": {"token": 1, "token_type": 0, "left": False},
         "max_length": 40,
     }
-    assert (folder / "predictor.py").read_bytes() == Path(predictor.__file__).read_bytes()
+    assert (folder / "predictor.py").read_text("utf-8") == bundle(predictor.__name__)
     assert AutoTokenizer.from_pretrained(folder)("w2 w9 x")["input_ids"] == [2, 9, 0]
     assert model.config.id2label[0] == "LABEL_0"  # the argument is not changed
 

@@ -176,15 +176,22 @@ def test_modules_say_what_they_are(task: str, tmp_path: Path) -> None:
     assert_equal(tmp_path / "out", module.model, task, rows=6, length=19, left=False)
     head = json.loads((tmp_path / "out" / "head.json").read_text("utf-8"))
     labels = {"text-classification": ["no", "yes", "ćma"], "token-classification": ["O", "B-PER", "I-PER"]}
+    windows = {"max_length": 128, "stride": None}
+    tags = {"types": ["PER"], "table": [[-1, 0, 0, 0, 0], [0, 1, 0, 1, 1], [0, 0, 1, 1, 1]]}
     settings: dict[str, Any] = {
         "text-classification": {"problem": "single_label"},
-        "token-classification": {"scheme": "BIO"},
+        "token-classification": {"scheme": "BIO", **tags, **windows},
         "question-answering": {
             "n_best": 20,
             "max_answer_length": 30,
             "no_answer": True,
             "no_answer_threshold": 0.0,
+            "cls": 2,
+            "context_first": False,
+            **windows,
+            "max_length": 384,
         },
+        "fill-mask": {"top_k": 5, "mask": 4, "before": [], "after": [], "clean_up": False},
     }
     assert (head["task"], head["labels"]) == (task, labels.get(task, []))
     assert head["settings"] == settings.get(task, {})

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 import transformers as hf
@@ -20,6 +16,7 @@ from lightning_ft.data import ClassificationData, MultipleChoiceData
 from lightning_ft.export import Predictor, export_onnx
 from lightning_ft.modules import MultipleChoice, SequenceClassification, TransformerModule
 from tests.data.test_multiple_choice_data import rows as choices
+from tests.export.served import serve
 from tests.export.test_gate import sentences
 from tests.pretrained import Kind, pretrained
 
@@ -55,13 +52,17 @@ def test_as_the_command_line_predicts(kind: Kind, tmp_path: Path) -> None:
     path = folder(tmp_path, kind, hf.AutoModelForSequenceClassification)
     module = SequenceClassification(path, ["no", "yes", "ćma"])
     data = ClassificationData(path, predict=Dataset.from_dict({"text": TEXTS}), labels=module.labels, max_length=24)
-    export_onnx(module, tmp_path / "out", max_length=32)
-    predict = Predictor(tmp_path / "out", max_length=24, batch_size=7, threads=1)
+    session = serve(module, tmp_path / "out")
+    predict = Predictor(tmp_path / "out", max_length=24, batch_size=7, session=session)
     found = predict(TEXTS)
     assert_alike(found, as_predicted(module, data))
-    assert predict(TEXTS[3]) == found[3]
-    assert predict([{"text": TEXTS[3]}]) == [found[3]]
+    # Alone, and not beside texts of other lengths: sums are taken in another order.
+    assert predict(TEXTS[3])["probabilities"] == pytest.approx(found[3]["probabilities"], abs=1e-5)
+    assert predict([{"text": TEXTS[3]}]) == [predict(TEXTS[3])]
     assert predict([]) == []
+    # No more at once than was asked for, and all of them.
+    assert max(session.sizes) == 7
+    assert sum(session.sizes) == len(TEXTS) + 3
 
 
 @pytest.mark.parametrize("problem", ["multi_label", "regression"])
@@ -73,8 +74,9 @@ def test_problems(problem: Any, tmp_path: Path) -> None:
     data = ClassificationData(
         path, predict=pairs, text_pair="other", labels=labels, problem=problem, max_length=30, eval_batch_size=5
     )
-    export_onnx(module, tmp_path / "out", max_length=32)
-    found = Predictor(tmp_path / "out", max_length=30)(list(zip(TEXTS, TEXTS[::-1], strict=True)))
+    found = Predictor(tmp_path / "out", max_length=30, session=serve(module, tmp_path / "out"))(
+        list(zip(TEXTS, TEXTS[::-1], strict=True))
+    )
     assert_alike(found, as_predicted(module, data))
 
 
@@ -83,8 +85,10 @@ def test_multiple_choice(kind: Kind, tmp_path: Path) -> None:
     path = folder(tmp_path, kind, hf.AutoModelForMultipleChoice)
     module, table = MultipleChoice(path), choices(30)
     data = MultipleChoiceData(path, predict=table, max_length=24)
-    export_onnx(module, tmp_path / "out", max_length=32)
-    predict = Predictor(tmp_path / "out", max_length=24)
+    session = None if kind == "bert" else serve(module, tmp_path / "out")
+    if kind == "bert":
+        export_onnx(module, tmp_path / "out", max_length=32)
+    predict = Predictor(tmp_path / "out", max_length=24, session=session)
     found = predict([{"context": row["context"], "choices": row["choices"]} for row in table])
     assert_alike(found, as_predicted(module, data))
     # Rows of different numbers of choices are run apart.
@@ -111,29 +115,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "out"
 
 
-def test_alone_in_its_folder(exported: Path, tmp_path: Path) -> None:
-    """With a Python that has onnxruntime, tokenizers and numpy, and nothing else."""
-    here = Path(next(iter(importlib.util.find_spec("onnxruntime").submodule_search_locations))).parent
-    needed = ("onnxruntime", "tokenizers", "numpy", "numpy.libs", "flatbuffers", "google")
-    for name in needed:
-        if (here / name).exists():
-            (tmp_path / name).symlink_to(here / name)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('a moving film .\n{"text": "it was great ?"}\n["the film", "is good"]\n', encoding="utf-8")
-    code = (
-        "import sys, runpy; sys.path[:0] = [sys.argv.pop(1)]; sys.argv.pop(0); "
-        "runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "assert not {'torch', 'lightning_ft', 'transformers'} & {*sys.modules}"
-    )
-    command = [sys.executable, "-I", "-S", "-c", code, str(tmp_path), str(exported / "predictor.py"), str(rows)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    texts: list[Any] = ["a moving film .", "it was great ?", ("the film", "is good")]
-    wanted = [{"row": i, **row} for i, row in enumerate(Predictor(exported)(texts))]
-    assert found == wanted
-
-
 def test_longest_input_is_the_models(exported: Path, tmp_path: Path) -> None:
     def limit(path: Path) -> Any:
         return json.loads((path / "head.json").read_text("utf-8"))["max_length"]
@@ -141,12 +122,12 @@ def test_longest_input_is_the_models(exported: Path, tmp_path: Path) -> None:
     assert limit(exported) == 130
     assert Predictor(exported)("x " * 500)["label"] in ("no", "yes")
     path = folder(tmp_path, "roberta", hf.AutoModelForSequenceClassification)
-    export_onnx(path, tmp_path / "out", max_length=32)
+    session = serve(path, tmp_path / "out")
     assert limit(tmp_path / "out") == 128  # positions begin after the padding's
-    Predictor(tmp_path / "out")("x " * 500)
+    Predictor(tmp_path / "out", session=session)("x " * 500)
 
 
-def test_refusals(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"head\.json does not exist: give a folder that lightning-ft export"):
         Predictor(tmp_path)
     for options, message in (
@@ -162,17 +143,61 @@ def test_refusals(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for row in (None, 3, ["a", "b", "c"], {"text": None}, ("a", 3), {"txt": "a"}):
         with pytest.raises(TypeError, match="row 1: expected a text, a pair of texts or a mapping"):
             predict(["good", row])
-    # A provider that does not run is replaced in silence.
-    real = onnxruntime.InferenceSession
-    available = [*onnxruntime.get_available_providers(), "CUDAExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, *_, **__: real(path))
-    with pytest.raises(RuntimeError, match="provider='cuda' cannot run here: ONNX Runtime took CPUExecutionProvider"):
-        Predictor(exported, provider="cuda")
     head = json.loads((exported / "head.json").read_text("utf-8"))
     (tmp_path / "other").mkdir()
     for file in exported.iterdir():
         (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "other" / "head.json").write_text(json.dumps({**head, "task": "cloze"}))
-    with pytest.raises(ValueError, match="is for 'cloze', and only text-classification"):
+    (tmp_path / "other" / "head.json").write_text(json.dumps({**head, "task": "mood"}))
+    with pytest.raises(ValueError, match="is for 'mood', and only text-classification"):
         Predictor(tmp_path / "other")
+
+
+def test_what_is_too_long_is_seen(exported: Path) -> None:
+    predict = Predictor(exported, max_length=12)
+    long, short = "the film is good " * 5, "the film"
+    items = predict.encode([long, short, (short, short)])
+    assert [predict.length(item) for item in items] == [12, 4, 7]
+    whole = Predictor(exported, max_length=12, truncate=False)
+    assert whole([short, (short, short)]) == predict([short, (short, short)])
+    with pytest.raises(
+        ValueError, match=r"row 1: it has 22 tokens, and max_length=12: shorten it, or set truncate=True"
+    ):
+        whole([short, long])
+    with pytest.raises(ValueError, match="max_length=2 leaves no room for text beside 2 special tokens"):
+        Predictor(exported, max_length=2)
+
+
+def test_settings(exported: Path) -> None:
+    assert Predictor(exported).settings == {"problem": "single_label"}
+    both = Predictor(exported, settings={"problem": "multi_label"})("the film")
+    assert isinstance(both["label"], list)
+    with pytest.raises(ValueError, match="settings: n_best is none of this task's: problem"):
+        Predictor(exported, settings={"n_best": 2})
+
+
+def test_choices_that_do_not_fit(tmp_path: Path) -> None:
+    path = folder(tmp_path, "bert", hf.AutoModelForMultipleChoice)
+    session = serve(MultipleChoice(path), tmp_path / "out")
+    predict = Predictor(tmp_path / "out", max_length=12, session=session)
+    fits = {"context": "the film " * 9, "choices": ["is good", "is " * 8]}
+    assert predict.length(predict.encode([fits])[0]) == 24
+    with pytest.raises(ValueError, match="row 1: choice 1 has 9 tokens, and max_length=12 leaves 9 for it and the con"):
+        predict([fits, {**fits, "choices": ["is good", "is " * 9]}])
+    for row in ("a text", {"context": "a"}, {"context": "a", "choices": "bc"}, {"context": "a", "choices": ["b"]}):
+        with pytest.raises(TypeError, match="row 0: expected a mapping with context and choices, two or more"):
+            predict([row])
+    with pytest.raises(TypeError, match="row 0: expected texts as context and choices, got"):
+        predict([{"context": None, "choices": ["a", "b"]}])
+
+
+def test_half_a_character_is_no_text(exported: Path) -> None:
+    with pytest.raises(ValueError, match="row 1: half of a surrogate pair stands at character 2, which no text holds"):
+        Predictor(exported)(["a", "ab\ud800"])
+
+
+def test_a_slow_tokenizer_has_no_predictor(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "head.json").write_bytes((exported / "head.json").read_bytes())
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenizer.json does not exist \(a model whose tokenizer is a slow one"
+    ):
+        Predictor(tmp_path)
