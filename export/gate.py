@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.core.report import format_table
 from lightning_ft.export.extras import require
-from lightning_ft.export.judge import PERCENT, Judgement, judge, main_metric
+from lightning_ft.export.judge import PERCENT, Judgement, calibration_batches, graph_feed, judge, main_metric
 from lightning_ft.export.parity import open_graph
 from lightning_ft.export.quantize import Precision, quantizable, quantize
+from lightning_ft.export.static_quantize import Calibration, calibrate
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -35,6 +36,8 @@ class Gate:
         data: Its validation data judge the graph, by the metrics of the module's head.
         max_drop: How much of the metric may be lost, as a share: 0.005 is half a point of accuracy.
         metric: Its name, such as ``"val_f1"``; by default the one that counts for the head. More is better.
+        calibration: How ``int8-static`` finds the scales of activations: on the training data of ``data``, or on the
+            validation data where there are none.
 
     Raises:
         ValueError: ``max_drop`` is not a share.
@@ -43,6 +46,7 @@ class Gate:
     data: LightningDataModule
     max_drop: float = 0.005
     metric: str | None = None
+    calibration: Calibration = Calibration()
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop < 1:
@@ -77,22 +81,27 @@ class Gate:
             ValueError: The metric is not measured.
         """
         trial = path.with_name(f"trial-{path.name}")
-        nodes = quantizable(require("onnx").load(path))
+        nodes = quantizable(require("onnx").load(path), precision)
         progress(f"judging the fp32 graph on {type(self.data).__name__}")
         reference = judge(module, self.data, open_graph(path, threads=threads))
         rows = [self._row("fp32", 0, path, reference, reference, module)]
+        ranges = None
+        if precision == "int8-static":
+            ranges = self._calibrate(path, module, threads, progress)
         ranked: list[str] = []
         kept = 0
         try:
             while True:
                 progress(f"judging {precision} with {kept} of {len(nodes)} nodes in fp32")
-                quantize(path, trial, precision, keep=ranked[:kept])
+                quantize(path, trial, precision, keep=ranked[:kept], ranges=ranges)
                 found = judge(module, self.data, open_graph(trial, threads=threads))
                 rows.append(self._row(precision, kept, trial, found, reference, module))
                 if rows[-1]["drop"] <= self.max_drop:
                     os.replace(trial, path)
                     return rows
-                ranked = ranked or self._rank(path, trial, precision, nodes, reference, module, threads, progress)
+                ranked = ranked or self._rank(
+                    path, trial, precision, nodes, ranges, reference, module, threads, progress
+                )
                 kept = max(1, 2 * kept)
                 if kept > len(nodes) / 2:
                     break
@@ -110,6 +119,7 @@ class Gate:
         trial: Path,
         precision: Precision,
         nodes: list[str],
+        ranges: Mapping[str, float] | None,
         reference: Judgement,
         module: TransformerModule,
         threads: int | None,
@@ -120,10 +130,19 @@ class Gate:
         distances = {}
         for number, node in enumerate(nodes, 1):
             progress(f"leaving out node {number} of {len(nodes)}: {node}")
-            quantize(path, trial, precision, keep=[node])
+            quantize(path, trial, precision, keep=[node], ranges=ranges)
             found = judge(module, self.data, open_graph(trial, threads=threads), batches=RANKED_ON)
             distances[node] = found.distance(first)
         return sorted(nodes, key=lambda node: distances[node])
+
+    def _calibrate(
+        self, path: Path, module: TransformerModule, threads: int | None, progress: Callable[[str], None]
+    ) -> dict[str, float]:
+        names = [value.name for value in require("onnx").load(path, load_external_data=False).graph.input]
+        split, batches = calibration_batches(self.data)
+        progress(f"calibrating on the {split} data of {type(self.data).__name__}")
+        feeds = (graph_feed(module, batch, names) for batch in batches)
+        return calibrate(path, feeds, self.calibration, threads=threads, progress=progress)
 
     def _row(
         self, precision: str, kept: int, path: Path, found: Judgement, reference: Judgement, module: TransformerModule

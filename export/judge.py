@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,15 +127,36 @@ def _forward(module: TransformerModule, session: InferenceSession) -> Callable[[
     names = [entry.name for entry in session.get_inputs()]
 
     def forward(batch: Batch) -> Any:
-        # What a module is not given is 0 to it.
-        given = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
-        if "gap" in names:
-            given["gap"] = module.gap(batch)  # type: ignore[operator]
-        values = session.run(None, {name: given[name].numpy() for name in names})
+        values = session.run(None, graph_feed(module, batch, names))
         tensors = tuple(torch.from_numpy(value) for value in values)
         return tensors if len(tensors) > 1 else tensors[0]
 
     return forward
+
+
+def graph_feed(module: TransformerModule, batch: Batch, names: Sequence[str]) -> dict[str, Any]:
+    """What a graph is given of a batch: an array for each of its inputs' names."""
+    # What a module is not given is 0 to it.
+    given = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
+    if "gap" in names:
+        given["gap"] = module.gap(batch)  # type: ignore[operator]
+    return {name: given[name].numpy() for name in names}
+
+
+def calibration_batches(data: LightningDataModule) -> tuple[str, Iterator[Batch]]:
+    """Batches that are like those a model will see, and the name of the split they are of.
+
+    Args:
+        data: Its training data are taken, or its validation data where it has none.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    from lightning_ft.data import TextData
+
+    trains = data.sources["train"] is not None if isinstance(data, TextData) else is_overridden("train_dataloader", data)
+    data.prepare_data()
+    data.setup("fit" if trains else "validate")
+    return ("training", iter(data.train_dataloader())) if trains else ("validation", iter(data.val_dataloader()))
 
 
 def _read(module: TransformerModule, batch: Batch, outputs: Any) -> tuple[Tensor, Tensor | None]:
