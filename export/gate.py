@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from lightning_ft.modules import TransformerModule
 
+DEFAULT = Calibration()
 RANKED_ON = 8
 """Batches on which nodes are ranked: 38 graphs of MiniLM are run on them."""
 
@@ -46,7 +47,7 @@ class Gate:
     data: LightningDataModule
     max_drop: float = 0.005
     metric: str | None = None
-    calibration: Calibration = Calibration()
+    calibration: Calibration = DEFAULT
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop < 1:

@@ -90,7 +90,7 @@ def half_precision(
             for name, one, other in zip(seen, exact.run(None, feed), rough.run(None, feed), strict=True):
                 error = float(np.abs(one - other).max(initial=0))
                 seen[name].append((str(one.shape), error, float(np.abs(one).max(initial=0))))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"output": name, "shape": shape, "relative": error / (max(top for _, _, top in found) or 1.0)}
         for name, found in seen.items()
         for shape, error, _ in found
@@ -107,7 +107,7 @@ def random_feed(session: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, 
     """Inputs of a graph: random ids and values, masks of ones, positions from 0 on."""
     generator = np.random.default_rng(0)
     kinds = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
-    feed = {}
+    feed: dict[str, np.ndarray[Any, Any]] = {}
     for entry in session.get_inputs():
         shape, kind = tuple(shapes[entry.name]), kinds[entry.type.removeprefix("tensor(").removesuffix(")")]
         if issubclass(kind, np.floating):

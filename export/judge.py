@@ -153,7 +153,9 @@ def calibration_batches(data: LightningDataModule) -> tuple[str, Iterator[Batch]
 
     from lightning_ft.data import TextData
 
-    trains = data.sources["train"] is not None if isinstance(data, TextData) else is_overridden("train_dataloader", data)
+    trains = (
+        data.sources["train"] is not None if isinstance(data, TextData) else is_overridden("train_dataloader", data)
+    )
     data.prepare_data()
     data.setup("fit" if trains else "validate")
     return ("training", iter(data.train_dataloader())) if trains else ("validation", iter(data.val_dataloader()))

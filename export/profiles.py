@@ -102,7 +102,9 @@ class Profile:
             raise ValueError(f"batch_sizes={tuple(batch_sizes)} must be one or more numbers from 1 on")
         top = seen[-1] if longest is None else longest
         if top < seen[-1]:
-            raise ValueError(f"longest={longest} is less than the longest text, of {seen[-1]} tokens: truncate them first")
+            raise ValueError(
+                f"longest={longest} is less than the longest text, of {seen[-1]} tokens: truncate them first"
+            )
         return tuple(
             cls({"batch": batch, "sequence": sequence, **(others or {})})
             for sequence in _parts(seen, count, top)
@@ -234,8 +236,8 @@ def _size(axis: str, sizes: Mapping[str, int], name: str) -> int:
         if isinstance(node, ast.Name) and node.id in sizes:
             return sizes[node.id]
         raise ValueError(
-            f"axes: {ast.unparse(node)} of the input {name} has no range, only {', '.join(sizes) or 'nothing'} has: add "
-            "it to the profile, as (smallest, tuned for, largest)"
+            f"axes: {ast.unparse(node)} of the input {name} has no range, only {', '.join(sizes) or 'nothing'} has: "
+            "add it to the profile, as (smallest, tuned for, largest)"
         )
 
     if axis in sizes:

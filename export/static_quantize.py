@@ -25,13 +25,25 @@ Method = Literal["minmax", "percentile", "entropy"]
 
 - ``minmax``: the largest magnitude. Nothing is cut off.
 - ``percentile``: the magnitude below which that share of the values lies.
-- ``entropy``: the range whose 8-bit histogram is the nearest to the histogram itself, by the Kullback-Leibler divergence.
+- ``entropy``: the range whose 8-bit histogram is the nearest to the histogram itself, by Kullback-Leibler divergence.
 """
 
 LARGEST = 127  # of symmetric int8: TensorRT takes no zero point, and -128 would have no counterpart
 BINS = 2048
 
-_NONLINEAR = ("Celu", "Clip", "Elu", "Erf", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu")
+_NONLINEAR: tuple[str, ...] = (
+    "Celu",
+    "Clip",
+    "Elu",
+    "Erf",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "LeakyRelu",
+    "Mish",
+    "PRelu",
+    "Relu",
+)
 _NONLINEAR += ("Selu", "Sigmoid", "Softplus", "Swish", "Tanh", "ThresholdedRelu")
 _ELEMENTWISE = ("Add", "Cast", "Div", "Identity", "Mul", "Neg", "Pow", "Reshape", "Sqrt", "Squeeze", "Sub", "Unsqueeze")
 _PRODUCTS = ("MatMul", "Gemm")
@@ -60,7 +72,9 @@ class Calibration:
         if self.method not in get_args(Method):
             raise ValueError(f"method={self.method!r}: expected one of {', '.join(get_args(Method))}")
         if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile={self.percentile} must be more than 50 and at most 100: 99.99 cuts 1 in 10000")
+            raise ValueError(
+                f"percentile={self.percentile} must be more than 50 and at most 100: 99.99 cuts 1 in 10000"
+            )
 
 
 def static_nodes(model: ModelProto) -> list[str]:
@@ -134,7 +148,7 @@ def quantize_static(
     *,
     keep: Collection[str] = (),
 ) -> None:
-    """Write a graph whose matrix products are int8: by QuantizeLinear and DequantizeLinear nodes, as TensorRT reads them.
+    """Write a graph whose matrix products are int8, by QuantizeLinear and DequantizeLinear nodes.
 
     Weights have a scale for each output channel and activations one for all; both are symmetric, with no zero point.
     Only inputs of products are quantised: their outputs, biases and all other nodes stay in fp32. Other than dynamic
@@ -189,9 +203,7 @@ def _widths(node: NodeProto, matrices: Mapping[str, tuple[int, int]]) -> tuple[i
     return (shape[1], shape[0]) if _attribute(node, "transB") else shape
 
 
-def _leads_back(
-    node: NodeProto, matrices: Mapping[str, tuple[int, int]], makers: Mapping[str, NodeProto]
-) -> bool:
+def _leads_back(node: NodeProto, matrices: Mapping[str, tuple[int, int]], makers: Mapping[str, NodeProto]) -> bool:
     """Whether a product is the second one of a feed-forward layer."""
     wide, narrow = _widths(node, matrices)
     if wide <= narrow:

@@ -67,8 +67,8 @@ def build_tensorrt(
         folder: What ``export_onnx`` wrote, of any head; several graphs, and graphs with a key-value cache, too.
         out: Folder to create. It may exist if it is empty.
         precision: That of the graphs by default.
-        profile: The shapes to build for; ``Profile.of(token_lengths(data))`` finds them. By default one profile: batches
-            of 1 to 32, tuned for 8, and sequences up to the longest that the model takes, tuned for a quarter of it.
+        profile: The shapes to build for; ``Profile.of(token_lengths(data))`` finds them. By default one profile:
+            batches of 1 to 32, tuned for 8, and sequences up to the longest that the model takes, tuned for a quarter.
         runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or the first of them that is installed.
         capabilities: Of TensorRT for RTX: the compute capabilities to build for, such as ``("SM89", "SM120")``; by
             default all from Ampere on. Turing (SM75) takes no fp32 products: fp16 alone.
@@ -334,7 +334,7 @@ class _Builder:
 def make_logger(trt: Any) -> Any:
     """A logger of TensorRT that keeps errors, for the message of an exception, and passes warnings to Python's."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.lines: list[str] = []
@@ -351,7 +351,7 @@ def make_logger(trt: Any) -> Any:
 def make_monitor(trt: Any, progress: Callable[[str], None]) -> Any:
     """Tells of each phase of a build that is no part of another."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
