@@ -111,6 +111,43 @@ class Profile:
             for batch in ((low + 1, high, high) for low, high in zip([0, *sizes], sizes, strict=False))
         )
 
+    @classmethod
+    def of_decoder(
+        cls, lengths: Iterable[int], batch_sizes: Sequence[int] = (1,), *, longest: int | None = None
+    ) -> tuple[Profile, ...]:
+        """Profiles of a graph with a cache of keys and values: for prompts, and for single tokens after them.
+
+        Axes are named as ``export_onnx`` names them: ``sequence`` of the new tokens, ``past`` of those in the cache,
+        ``total`` of both, ``kept`` of the tokens whose logits are wanted, and ``source`` of what an encoder read.
+
+        Args:
+            lengths: Tokens in each text, with what is written on it: :func:`token_lengths` of whole texts.
+            batch_sizes: As in :meth:`of`.
+            longest: Tokens that must be taken in all; by default as many as were seen.
+
+        Returns:
+            Two profiles for each batch size.
+
+        Raises:
+            ValueError: There are no lengths, or a number is out of range.
+
+        Example:
+            >>> prompt, step = Profile.of_decoder([40, 64, 100], longest=128)
+            >>> prompt.axes["sequence"], prompt.axes["past"]
+            ((1, 64, 128), (0, 0, 128))
+            >>> step.axes["sequence"], step.axes["past"]
+            ((1, 1, 1), (1, 64, 128))
+        """
+        found = []
+        for whole in cls.of(lengths, batch_sizes, count=1, longest=longest):
+            batch, (_, tuned, top) = whole.axes["batch"], whole.axes["sequence"]
+            source = (1, tuned, top)
+            for sequence, past in (((1, tuned, top), (0, 0, top)), ((1, 1, 1), (1, tuned, top))):
+                total = (sequence[0] + past[0], sequence[1] + past[1], sequence[2] + past[2])
+                axes = {"batch": batch, "sequence": sequence, "past": past, "total": total}
+                found.append(cls({**axes, "kept": (1, 1, sequence[2]), "source": source}))
+        return tuple(found)
+
     def shapes(self, inputs: Mapping[str, Axes]) -> Shapes:
         """The smallest, the tuned and the largest shape of each input.
 

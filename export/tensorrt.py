@@ -68,7 +68,8 @@ def build_tensorrt(
         out: Folder to create. It may exist if it is empty.
         precision: That of the graphs by default.
         profile: The shapes to build for; ``Profile.of(token_lengths(data))`` finds them. By default one profile:
-            batches of 1 to 32, tuned for 8, and sequences up to the longest that the model takes, tuned for a quarter.
+            batches of 1 to 32, tuned for 8, and sequences up to the longest that the model takes, tuned for a quarter;
+            for decoders with a cache those of ``Profile.of_decoder``.
         runtime: ``"tensorrt"``, ``"tensorrt_rtx"``, or the first of them that is installed.
         capabilities: Of TensorRT for RTX: the compute capabilities to build for, such as ``("SM89", "SM120")``; by
             default all from Ampere on. Turing (SM75) takes no fp32 products: fp16 alone.
@@ -99,7 +100,7 @@ def build_tensorrt(
     graphs = sorted(folder.glob("*.onnx"))
     if not graphs:
         raise FileNotFoundError(f"{folder} has no .onnx file: give a folder that lightning-ft export wrote")
-    profiles = _profiles(folder, profile)
+    profiles = _profiles(folder, graphs, profile)
     found = {path.name: check_precision(path, precision) for path in graphs}
     name, trt = find_runtime(runtime)
     builder = _Builder(name, trt, tuple(capabilities), workspace, timing_cache, progress)
@@ -149,7 +150,7 @@ def _check_arguments(precision: str | None, runtime: str, workspace: int | None)
         raise ValueError(f"workspace={workspace} is in bytes, and less than a MiB: leave it out, or give 1 << 30")
 
 
-def _profiles(folder: Path, profile: Profile | Sequence[Profile] | None) -> tuple[Profile, ...]:
+def _profiles(folder: Path, graphs: Sequence[Path], profile: Profile | Sequence[Profile] | None) -> tuple[Profile, ...]:
     if isinstance(profile, Profile):
         return (profile,)
     if profile is not None:
@@ -158,8 +159,12 @@ def _profiles(folder: Path, profile: Profile | Sequence[Profile] | None) -> tupl
         return tuple(profile)
     longest = longest_input_of(folder) or 512
     tuned = max(1, longest // 4)
-    past = (0, tuned, longest)
-    return (Profile({"batch": (1, 8, 32), "sequence": (1, tuned, longest), "choices": (2, 4, 8), "past": past}),)
+    named = {axis for path in graphs for axes in graph_axes(path).values() for axis in axes}
+    if {"past", "source"} & named:
+        return tuple(
+            Profile({**item.axes, "batch": (1, 1, 8)}) for item in Profile.of_decoder([tuned], longest=longest)
+        )
+    return (Profile({"batch": (1, 8, 32), "sequence": (1, tuned, longest), "choices": (2, 4, 8)}),)
 
 
 def _row(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
