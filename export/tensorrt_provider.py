@@ -33,7 +33,8 @@ def tensorrt_options(
 
     Args:
         path: The graph.
-        profile: The shapes to build for. Without one, each shape that exceeds those seen builds the engine anew.
+        profile: The shapes to build for; several become one, tuned for what the last is tuned for. Without one, each
+            shape that exceeds those seen builds the engine anew.
         cache: Folder for engines and timings, by default ``tensorrt_cache`` beside the graph: the next start is fast.
         fp16: Let an fp32 graph run in fp16.
         device: Number of the GPU.
@@ -64,9 +65,10 @@ def tensorrt_options(
     if profiles:
         axes = graph_axes(path)
         shapes = [one.shapes(axes) for one in profiles]
-        for which, name in enumerate(("min", "opt", "max")):
-            # A further profile repeats the names of the inputs.
-            parts = [f"{n}:{'x'.join(map(str, sizes[which]))}" for shape in shapes for n, sizes in shape.items()]
+        # Of several profiles the provider would take the first for all shapes.
+        for name, which, choose in (("min", 0, min), ("opt", 1, _last), ("max", 2, max)):
+            sizes = {n: [choose(of) for of in zip(*(s[n][which] for s in shapes), strict=True)] for n in axes}
+            parts = [f"{n}:{'x'.join(map(str, found))}" for n, found in sizes.items()]
             options[f"trt_profile_{name}_shapes"] = ",".join(parts)
     return options
 
@@ -109,3 +111,7 @@ def open_tensorrt(
         )
     session.disable_fallback()  # else an error in a call opens the graph anew, without TensorRT
     return session
+
+
+def _last(sizes: Sequence[int]) -> int:
+    return sizes[-1]
