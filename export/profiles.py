@@ -102,9 +102,7 @@ class Profile:
             raise ValueError(f"batch_sizes={tuple(batch_sizes)} must be one or more numbers from 1 on")
         top = seen[-1] if longest is None else longest
         if top < seen[-1]:
-            raise ValueError(
-                f"longest={longest} is less than the longest text, of {seen[-1]} tokens: truncate them first"
-            )
+            raise ValueError(f"longest={longest} is less than the {seen[-1]} tokens of the longest text: truncate it")
         return tuple(
             cls({"batch": batch, "sequence": sequence, **(others or {})})
             for sequence in _parts(seen, count, top)

@@ -73,7 +73,7 @@ class Calibration:
             raise ValueError(f"method={self.method!r}: expected one of {', '.join(get_args(Method))}")
         if not 50 < self.percentile <= 100:
             raise ValueError(
-                f"percentile={self.percentile} must be more than 50 and at most 100: 99.99 cuts 1 in 10000"
+                f"percentile={self.percentile} must be above 50 and at most 100: 99.99 cuts 1 of 10000"
             )
 
 
@@ -131,10 +131,9 @@ def calibrate(
         for feed, _ in zip(feeds, range(how.batches), strict=False):
             if count % 8 == 0:
                 progress(f"calibrating by {how.method}: batch {count + 1} of at most {how.batches}")
-            # Inputs of the graph are watched, too, and are no outputs.
-            made = session.run([name for name in names if name not in feed], dict(feed))
-            values = dict(zip([name for name in names if name not in feed], made, strict=True))
-            ranges.see({name: feed[name] if name in feed else values[name] for name in names})
+            ranges.see({name: feed[name] for name in names if name in feed})
+            if inner := [name for name in names if name not in feed]:  # no names would mean all outputs
+                ranges.see(dict(zip(inner, session.run(inner, dict(feed)), strict=True)))
             count += 1
     if count == 0:
         raise ValueError("feeds: expected one batch of inputs or more, got none: give data that the model will see")

@@ -108,7 +108,9 @@ def _kept(cache: Any) -> list[Tensor]:
     ]
 
 
-def _export(module: nn.Module, args: tuple[Any, ...], axes: Any, inputs: list[str], outputs: list[str], to: Path) -> None:
+def _export(
+    module: nn.Module, args: tuple[Any, ...], axes: Any, inputs: list[str], outputs: list[str], to: Path
+) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
