@@ -202,12 +202,12 @@ def test_refusals(tmp_path: Path) -> None:
 
 
 def fragile(folder: Path) -> SequenceClassification:
-    """One value of each block's attention is as much larger as the weight that reads it is smaller."""
+    """One value of a block's attention is as much larger as the weight that reads it is smaller."""
     module = classifier(folder)
     with torch.no_grad():
-        for layer in module.model.bert.encoder.layer:
-            layer.attention.self.value.weight[3] *= 3000
-            layer.attention.output.dense.weight[:, 3] /= 3000
+        layer = module.model.bert.encoder.layer[1].attention
+        layer.self.value.weight[3] *= 3000
+        layer.output.dense.weight[:, 3] /= 3000
     return module
 
 
@@ -228,7 +228,7 @@ def test_a_graph_is_judged_and_mended(tmp_path: Path) -> None:
     assert failed
     assert failed[0]["drop"] > 0.012 >= last["drop"]
     assert failed[0]["distance"] > 2 * last["distance"] > 0
-    assert last["nodes in fp32"] > 0
+    assert last["nodes in fp32"] == 1
     assert last["MB"] < full["MB"]
     assert "calibrating on the validation data of ClassificationData" in told
     assert "calibrating by minmax: batch 1 of at most 5" in told
