@@ -72,9 +72,7 @@ class Calibration:
         if self.method not in get_args(Method):
             raise ValueError(f"method={self.method!r}: expected one of {', '.join(get_args(Method))}")
         if not 50 < self.percentile <= 100:
-            raise ValueError(
-                f"percentile={self.percentile} must be above 50 and at most 100: 99.99 cuts 1 of 10000"
-            )
+            raise ValueError(f"percentile={self.percentile} must be above 50 and at most 100: 99.99 cuts 1 of 10000")
 
 
 def static_nodes(model: ModelProto) -> list[str]:

@@ -264,8 +264,9 @@ class _Builder:
         network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, self.logger)
         if not parser.parse_from_file(str(path)):
-            errors = "\n".join(parser.get_error(i).desc() for i in range(parser.num_errors))
-            raise EngineError(f"{path}: {self.name} does not take this graph:\n{errors}")
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            lines = "\n".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+            raise EngineError(f"{path}: {self.name} does not take this graph:\n{lines}")
         config = self._config(profiles)
         plan = self.builder.build_serialized_network(network, config)
         if plan is None:
