@@ -10,8 +10,8 @@ Two classifiers with random weights, of the sizes of MiniLM-L6 and of BERT-base.
 on the host to an array of logits on the host, as a server makes it. Each variant runs in a process of its own (PyTorch
 and ONNX Runtime disturb each other in one), all variants in turn, round after round, so that a clock that falls falls
 for all; the first one runs twice in each round, and how much its two figures differ is the noise (A/A). What does not
-fit into `--seconds` is left out, and said. A variant that cannot run is a row with its reason, never a figure of another
-provider: `session.get_providers()` is asserted. All of TensorRT's have one profile, from 1x1 to the largest shape, tuned
+fit into `--seconds` is left out, and said. A variant that cannot run is a row with its reason, never a figure of
+another provider: `session.get_providers()` is asserted. All of TensorRT have one profile, to the largest shape, tuned
 for 8x128.
 
 Weights are random, so nothing here is about accuracy: that is the gate's affair, on real data.
