@@ -1,5 +1,7 @@
 """Fine-tuned models as folders that a serving runtime loads, proved equal to the model before they are written."""
 
+from lightning_ft.export.benchmark import benchmark
+from lightning_ft.export.fallback import ExportError
 from lightning_ft.export.gate import Gate, GateError
 from lightning_ft.export.heads import Head
 from lightning_ft.export.hf_folder import export_hf
@@ -7,9 +9,11 @@ from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
 from lightning_ft.export.predictor import Predictor
 from lightning_ft.export.timing import measure_latency
+from lightning_ft.export.verify import VerificationError, verify
 from lightning_ft.export.wrappers import GraphWrapper, Logits
 
 __all__ = [
+    "ExportError",
     "Gate",
     "GateError",
     "GraphWrapper",
@@ -17,8 +21,11 @@ __all__ = [
     "Logits",
     "ParityError",
     "Predictor",
+    "VerificationError",
+    "benchmark",
     "export_hf",
     "export_onnx",
     "load_session",
     "measure_latency",
+    "verify",
 ]

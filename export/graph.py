@@ -60,6 +60,31 @@ def attention(model: nn.Module, implementation: str) -> Iterator[None]:
             config._attn_implementation = name
 
 
+@contextmanager
+def rounded(model: nn.Module, *, seed: int, unit: float = 2.0**-22) -> Iterator[None]:
+    """Run the model with noise at the size of rounding errors: on what each of its layers gives.
+
+    Args:
+        model: Has hooks in the meantime.
+        seed: Of the noise, whose generator is private.
+        unit: Its standard deviation, relative to each value. The last place of fp32 is 2⁻²³, and sums have several.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def disturb(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        return output * (1 + unit * torch.randn(output.shape, generator=generator))
+
+    leaves = [module for module in model.modules() if not any(module.children())]
+    handles = [module.register_forward_hook(disturb) for module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _configs(model: nn.Module) -> list[Any]:
     found = [getattr(module, "config", None) for module in model.modules()]
     return list({id(config): config for config in found if config is not None}.values())
@@ -76,32 +101,41 @@ def trace(wrapper: GraphWrapper, sample: Mapping[str, Tensor], *, opset: int) ->
     Returns:
         The graph with nothing in it of where and how it was traced.
     """
-    with warnings.catch_warnings():
-        # One is about the exporter's own code; the other comes for each input that shares an axis, as ours do.
-        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
+    with quiet():
         program = torch.onnx.export(
             wrapper,
-            kwargs=dict(sample),
+            kwargs=wrapper.arguments(sample),
             dynamo=True,
             opset_version=opset,
             input_names=list(sample),
             output_names=list(wrapper.outputs),
-            dynamic_shapes={name: dict(wrapper.axes(name)) for name in sample},
+            dynamic_shapes=wrapper.arguments({name: dict(wrapper.axes(name)) for name in sample}),
             verbose=False,
         )
     assert program is not None  # only the TorchScript exporter returns None
-    _strip(program)
+    strip(program.model)
     return program
 
 
-def _strip(program: ONNXProgram) -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporters warn of, which no user can act on."""
+    with warnings.catch_warnings():
+        # One is about the exporter's own code; the other comes for each input that shares an axis, as ours do.
+        warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"# The axis name: .* will not be used", category=UserWarning)
+        yield
+
+
+def strip(model: Any) -> None:
     """Remove stack traces, paths and module names, the shapes of initialisers, and second uses of outputs' names.
 
     The weights carry their shapes themselves; a second statement of them makes ``quantize_dynamic`` fail with
     "Inferred shape and existing shape differ".
+
+    Args:
+        model: An ``onnx_ir.Model``, changed in place.
     """
-    model = program.model
     names = {value.name for value in model.graph.outputs}
     model.metadata_props.clear()
     for graph in model.graphs():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_ft.export.bake import baked, core_model, unwrapped
+from lightning_ft.export.ensemble import ensemble
+from lightning_ft.export.graphs import Graphs
 from lightning_ft.export.wrappers import Choices, Features, GraphWrapper, LabelScores, Logits, Spans, TokenLogits
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from lightning_ft.modules import TransformerModule
 
-Wrap = Callable[[Any], GraphWrapper]
+Wrap = Callable[[Any], GraphWrapper | Graphs]
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,9 @@ class Head:
 
     Args:
         task: Its name, as Hugging Face names tasks: ``"text-classification"``, ``"token-classification"``,
-            ``"question-answering"``, ``"multiple-choice"``, ``"fill-mask"``, ``"cloze"``, ``"feature-extraction"``, or
-            one of your own.
-        wrap: Makes the graph of a model.
+            ``"question-answering"``, ``"multiple-choice"``, ``"fill-mask"``, ``"cloze"``, ``"feature-extraction"``,
+            ``"text-generation"``, ``"text2text-generation"``, or one of your own.
+        wrap: Makes the graph of a model, or several.
         labels: Names of the classes, by index; none where there are no classes.
         settings: What else a reader of the outputs needs; JSON-able.
     """
@@ -56,6 +59,8 @@ class Exportable:
         head: What is to be computed.
         source: Where it came from: a path, or a class.
         module: The module of lightning_ft that computes the same, if there is one: it knows the task's metrics.
+        reference: The model that the source holds, where ``model`` was made of it: what the graph is compared with.
+        baked: What was done to make it.
     """
 
     model: nn.Module
@@ -63,6 +68,18 @@ class Exportable:
     head: Head
     source: str
     module: TransformerModule | None = None
+    reference: nn.Module | None = None
+    baked: tuple[str, ...] = ()
+
+    @property
+    def original(self) -> nn.Module:
+        """What the source computes with."""
+        return self.model if self.reference is None else self.reference
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Both, or the one."""
+        return [self.model] if self.reference is None else [self.model, self.reference]
 
 
 def open_source(
@@ -70,6 +87,7 @@ def open_source(
     *,
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    members: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Exportable]:
     """What a checkpoint, a folder or a module holds: by task for several heads, else one under ``""``.
 
@@ -78,6 +96,8 @@ def open_source(
             module, a Hugging Face model, or any other module (with ``head``, whose wrapper takes it).
         head: What to export of it; by default what its class is for.
         tokenizer: The one that it was trained with; by default the one that is there.
+        members: Snapshots of the source, by :class:`~lightning_ft.callbacks.SnapshotEnsemble`, which answer together:
+            their folder, or their files.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -92,12 +112,19 @@ def open_source(
     for name, (part, there) in read_models(source).items():
         # A head of the user's own is given the module itself, unless it is one of ours.
         module = part if isinstance(part, TransformerModule) else None
-        model = part if module is None else module.model
-        chosen = head or (hf_head(part) if module is None else own_head(module))
-        if (used := tokenizer or there) is None:
+        whole = part if module is None else module.model
+        # A head of the user's own may want all of a peft model.
+        model = core_model(whole) if head is None else unwrapped(whole)
+        used = tokenizer or there
+        chosen = head or (hf_head(model, used) if module is None else own_head(module, tokenizer))
+        if used is None:
             raise ValueError(f"tokenizer: {origin} holds none: pass the one that the model was trained with")
         # With a head of the user's own the graph computes something else than the module does.
-        result[name] = Exportable(model, used, chosen, origin, module if head is None else None)
+        plain, done = baked(model)
+        kept = model if done else None
+        result[name] = Exportable(plain, used, chosen, origin, module if head is None else None, kept, tuple(done))
+        if members:
+            result[name] = ensemble(result[name], members)
     return result
 
 
@@ -107,7 +134,7 @@ def read_models(
     """The modules that a source holds, with their tokenizers: by task for several heads, else one under ``""``."""
     from lightning_ft.modules import MultiTask, TransformerModule
 
-    module, tokenizer = (source, None) if isinstance(source, nn.Module) else _read(Path(source))
+    module, tokenizer = (unwrapped(source), None) if isinstance(source, nn.Module) else _read(Path(source))
     parts: Mapping[str, nn.Module] = module.heads if isinstance(module, MultiTask) else {"": module}
     return {
         name: (part, part.tokenizer if isinstance(part, TransformerModule) else tokenizer)
@@ -115,13 +142,18 @@ def read_models(
     }
 
 
-def own_head(module: TransformerModule) -> Head:
+def own_head(module: TransformerModule, tokenizer: PreTrainedTokenizerBase | None = None) -> Head:
     """The head of a lightning_ft module.
 
+    Args:
+        module: The module.
+        tokenizer: In place of its own.
+
     Raises:
-        TypeError: It generates text.
+        TypeError: There is none for its class.
     """
     from lightning_ft import modules
+    from lightning_ft.export import generative_heads
 
     if isinstance(module, modules.SequenceClassification):
         labels = () if module.problem == "regression" else tuple(module.labels)
@@ -145,10 +177,11 @@ def own_head(module: TransformerModule) -> Head:
     if isinstance(module, modules.Cloze):
         settings = {"patterns": list(module.patterns), "decoder": module.decoder, "masks": module.masks}
         return Head("cloze", partial(LabelScores, words=module.words), tuple(module.labels), settings)
-    raise TypeError(
-        f"a {type(module).__name__} generates text, which has no graph here yet: give a `head` with a GraphWrapper of "
-        "your own, or write a Hugging Face folder with save_pretrained"
-    )
+    if isinstance(module, modules.CausalLM):
+        return generative_heads.causal_head(module, tokenizer)
+    if isinstance(module, modules.Seq2Seq):
+        return generative_heads.seq2seq_head(module)
+    raise TypeError(f"a {type(module).__name__} has no head here: give a `head` with a GraphWrapper of your own")
 
 
 _HF: dict[str, Head | None] = {
@@ -160,13 +193,14 @@ _HF: dict[str, Head | None] = {
     "ForMultipleChoice": Head("multiple-choice", Choices),
     "ForMaskedLM": Head("fill-mask", TokenLogits),
     "Model": Head("feature-extraction", Features),
-    # Those that generate, of which some end in Model, too.
-    "ForCausalLM": None,
-    "ForConditionalGeneration": None,
+    # Other heads that end in Model, too.
     "HeadModel": None,
     "HeadsModel": None,
 }
 """How the name of a Hugging Face class ends, to its head."""
+
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
+"""How those end that write text."""
 
 _PROBLEMS = {
     "single_label_classification": "single_label",
@@ -175,8 +209,12 @@ _PROBLEMS = {
 }
 
 
-def hf_head(model: nn.Module) -> Head:
+def hf_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Head:
     """The head of a Hugging Face model, by its class.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, which knows what prompts of a model that writes text look like.
 
     Raises:
         TypeError: It is not one of transformers', or of a class that is not known.
@@ -186,9 +224,12 @@ def hf_head(model: nn.Module) -> Head:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model: expected a transformers PreTrainedModel or a module of lightning_ft, got {type(model).__name__}: "
-            "give a `head` with a GraphWrapper of your own, the `.model` of a LightningModule, `merge_and_unload()` of "
-            "a peft model, or `_orig_mod` of a compiled one"
+            "give a `head` with a GraphWrapper of your own, or the `.model` of a LightningModule"
         )
+    if type(model).__name__.endswith(_GENERATES):
+        from lightning_ft.export.generative_heads import hf_generative_head
+
+        return hf_generative_head(model, tokenizer)
     head = _by_name(type(model).__name__)
     if head.task not in ("text-classification", "token-classification"):
         return head
@@ -211,7 +252,7 @@ def _by_name(name: str) -> Head:
     fits = [ending for ending in _HF if name.endswith(ending)]
     head = _HF[max(fits, key=len)] if fits else None
     if head is None:
-        known = ", ".join(f"…{ending}" for ending, given in _HF.items() if given)
+        known = ", ".join(f"…{ending}" for ending in [*(name for name, given in _HF.items() if given), *_GENERATES])
         raise TypeError(f"model: {name} is none of {known}: give a `head` with a GraphWrapper of your own")
     return head
 
@@ -263,6 +304,10 @@ def _ours(path: Path, name: str, config: Any) -> TransformerModule | None:
         module = modules.MultipleChoice(path)
     elif name.endswith("ForMaskedLM"):
         module = modules.MaskedLM(path)
+    elif name.endswith(("ForCausalLM", "LMHeadModel")) and not config.is_encoder_decoder:
+        module = modules.CausalLM(path)
+    elif name.endswith(("ForConditionalGeneration", "MTModel")) and config.is_encoder_decoder:
+        module = modules.Seq2Seq(path)
     return module if module is not None and type(module.model).__name__ == name else None
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
+from lightning_ft.export.bake import baked, core_model
 from lightning_ft.export.heads import read_models
+from lightning_ft.export.manifest import is_export, provenance, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,13 +27,14 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
 
     Args:
         source: A Lightning checkpoint of a lightning_ft module, a Hugging Face folder, or a module of either.
-        out: Folder to create. It may exist if it is empty.
+        out: Folder to create, or an earlier export to replace, which is kept as ``OUT.previous``
+            (:func:`lightning_ft.core.folders.atomic_folder`).
 
     Returns:
-        A row for each folder: class, parameters, bytes and the weights' SHA-256.
+        A row for each folder: class, parameters, bytes and the weights' SHA-256; also written to ``report.json``.
 
     Raises:
-        FileExistsError: ``out`` is a file or a folder that is not empty.
+        FileExistsError: ``out`` is a file, or a folder with content that is no export.
         FileNotFoundError: There is no such source.
         RuntimeError: What was written is not what is in the source.
         TypeError: The source is a module of neither kind.
@@ -45,10 +48,10 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
 
     from lightning_ft.modules import TransformerModule
 
-    rows = []
-    with atomic_folder(out) as folder:
+    rows, sources = [], {}
+    with atomic_folder(out, replace=is_export) as folder:
         for name, (part, tokenizer) in read_models(source).items():
-            model = part.model if isinstance(part, TransformerModule) else part
+            model, done = baked(core_model(part.model if isinstance(part, TransformerModule) else part))
             if not isinstance(model, PreTrainedModel):
                 raise TypeError(
                     f"source: expected a module of lightning_ft or of transformers, got {type(part).__name__}: give "
@@ -59,18 +62,21 @@ def export_hf(source: str | os.PathLike[str] | nn.Module, out: str | os.PathLike
             if tokenizer is not None:
                 tokenizer.save_pretrained(place)
             _check(model, place)
+            sources[name] = provenance(source, model)
             row = {"task": name} if name else {}
             rows.append(
                 {
                     **row,
                     "model": type(model).__name__,
                     "parameters": model.num_parameters(),
+                    "baked": ", ".join(done),
                     "tokenizer": tokenizer is not None,
                     "bytes": sum(file.stat().st_size for file in place.iterdir()),
                     "sha256": " ".join(sha256(file)[:16] for file in sorted(place.glob("*.safetensors"))),
                 }
             )
-    return Report(f"Hugging Face folder {out}", {"source": _named(source)}, rows)
+        facts = {"source": sources[""]} if "" in sources else {n: {"source": found} for n, found in sources.items()}
+        return seal(folder, Report("Exported to a Hugging Face folder", facts, rows), out)
 
 
 def _check(model: PreTrainedModel, folder: Path) -> None:
@@ -87,7 +93,3 @@ def _check(model: PreTrainedModel, folder: Path) -> None:
 
 def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     return one is not None and other is not None and torch.equal(one.cpu(), other)
-
-
-def _named(source: str | os.PathLike[str] | nn.Module) -> str:
-    return type(source).__name__ if isinstance(source, nn.Module) else os.fspath(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
-    from onnxruntime import InferenceSession
 
     from lightning_ft.modules import TransformerModule
     from lightning_ft.modules.base import Batch
@@ -26,10 +25,27 @@ METRICS = {
     "MultipleChoice": "val_accuracy",
     "MaskedLM": "val_accuracy",
     "Cloze": "val_accuracy",
+    "CausalLM": "val_perplexity",
+    "Seq2Seq": "val_loss",
 }
-"""What counts for each head; of regression it is ``val_pearson``."""
+"""What counts for each head; of regression ``val_pearson``, of an encoder-decoder with labels ``val_accuracy``."""
 
 PERCENT = ("QuestionAnswering",)
+WRITERS = ("CausalLM", "Seq2Seq")
+
+
+def drop(module: TransformerModule, metric: str, reference: float, found: float) -> float:
+    """How much of a metric was lost, as a share.
+
+    Of a metric whose higher values are better it is the difference (of percentages, a hundredth of it). Of perplexity,
+    whose lower values are better, it is the relative rise; of a loss, the rise in nats, which for a small one is the
+    same: 0.01 is 1 % in perplexity.
+    """
+    if metric.endswith("perplexity"):
+        return found / reference - 1
+    if metric.endswith("loss"):
+        return found - reference
+    return (reference - found) / (100 if type(module).__name__ in PERCENT else 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,8 @@ class Judgement:
 
     Args:
         metrics: What validation logged.
-        outputs: Of each batch the values that mean something: not those of padding, nor of tokens without a label.
+        outputs: Of each batch the values that mean something: not those of padding, nor of tokens without a label; of
+            models that write text log p of each labelled token.
         decisions: Of each batch what was chosen by them; none of regression, where nothing is chosen.
     """
 
@@ -70,13 +87,15 @@ def main_metric(module: TransformerModule) -> str:
     name = type(module).__name__
     if name not in METRICS:
         raise TypeError(f"a {name} has no metric here to be judged by: export each head, or at fp32")
+    if getattr(module, "label_texts", None):
+        return "val_accuracy"
     return "val_pearson" if getattr(module, "problem", None) == "regression" else METRICS[name]
 
 
 def judge(
     module: TransformerModule,
     data: LightningDataModule,
-    session: InferenceSession | None = None,
+    replacements: Mapping[str, Callable[..., Any]] | None = None,
     *,
     batches: int | None = None,
 ) -> Judgement:
@@ -85,7 +104,8 @@ def judge(
     Args:
         module: One of ours with a single head. It is left as it was.
         data: With validation data.
-        session: The graph, which computes what the module's ``forward`` would.
+        replacements: Methods of the module by name, ``forward`` at least, with a graph in its model's place, as
+            :meth:`lightning_ft.export.graphs.Graphs.replacements` makes them.
         batches: How many batches of the validation data to take; all by default.
 
     Raises:
@@ -93,10 +113,13 @@ def judge(
     """
     from lightning.pytorch import Trainer
 
-    seen: list[tuple[Batch, Any]] = []
-    forward = module.forward if session is None else _forward(module, session)
-    with _kept(module), _quiet():
-        module.forward = lambda batch: _note(seen, batch, forward(batch))  # type: ignore[method-assign]
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    methods = {"forward": module.forward, **(replacements or {})}
+    forward = methods.pop("forward")
+    with _kept(module, methods), _quiet():
+        for name, method in methods.items():
+            setattr(module, name, method)
+        module.forward = lambda batch: _note(seen, module, batch, forward(batch))  # type: ignore[method-assign]
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -109,7 +132,7 @@ def judge(
         found = trainer.validate(module, datamodule=data, verbose=False)
     if not seen:
         raise ValueError("data: its validation set is empty: name one, which an export in fewer bits is judged by")
-    outputs, decisions = zip(*(_read(module, batch, result) for batch, result in seen), strict=True)
+    outputs, decisions = zip(*seen, strict=True)
     return Judgement(
         {name: float(value) for logged in found for name, value in logged.items()},
         list(outputs),
@@ -117,30 +140,9 @@ def judge(
     )
 
 
-def _note(seen: list[tuple[Batch, Any]], batch: Batch, outputs: Any) -> Any:
-    seen.append((batch, outputs))
+def _note(seen: list[tuple[Tensor, Tensor | None]], module: TransformerModule, batch: Batch, outputs: Any) -> Any:
+    seen.append(_read(module, batch, outputs))
     return outputs
-
-
-def _forward(module: TransformerModule, session: InferenceSession) -> Callable[[Batch], Any]:
-    """A module's ``forward``, computed by a graph."""
-    names = [entry.name for entry in session.get_inputs()]
-
-    def forward(batch: Batch) -> Any:
-        values = session.run(None, graph_feed(module, batch, names))
-        tensors = tuple(torch.from_numpy(value) for value in values)
-        return tensors if len(tensors) > 1 else tensors[0]
-
-    return forward
-
-
-def graph_feed(module: TransformerModule, batch: Batch, names: Sequence[str]) -> dict[str, Any]:
-    """What a graph is given of a batch: an array for each of its inputs' names."""
-    # What a module is not given is 0 to it.
-    given = {"token_type_ids": torch.zeros_like(batch["input_ids"]), **batch}
-    if "gap" in names:
-        given["gap"] = module.gap(batch)  # type: ignore[operator]
-    return {name: given[name].numpy() for name in names}
 
 
 def calibration_batches(data: LightningDataModule) -> tuple[str, Iterator[Batch]]:
@@ -163,10 +165,12 @@ def calibration_batches(data: LightningDataModule) -> tuple[str, Iterator[Batch]
 
 def _read(module: TransformerModule, batch: Batch, outputs: Any) -> tuple[Tensor, Tensor | None]:
     """Outputs that mean something, and what was decided by them."""
-    mask = batch["attention_mask"].bool()
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if isinstance(outputs, tuple):  # of question answering: starts and ends
         masked = [values.float().masked_fill(~mask, -torch.inf) for values in outputs]
         return torch.cat([values[mask] for values in outputs]).float(), torch.stack([v.argmax(-1) for v in masked])
+    if type(module).__name__ in WRITERS:
+        return _of_tokens(outputs, batch["labels"], shifted=type(module).__name__ == "CausalLM")
     values = outputs.float()
     if values.ndim == 3:  # per token
         chosen = batch["labels"] != -100 if "labels" in batch else mask
@@ -177,15 +181,25 @@ def _read(module: TransformerModule, batch: Batch, outputs: Any) -> tuple[Tensor
     return values, values > 0 if problem == "multi_label" else values.argmax(-1)
 
 
+def _of_tokens(logits: Tensor, labels: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    """Of each labelled token its log p, and which was the most probable: all logits would fill the memory."""
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    chosen = labels != -100
+    values, targets = logits[chosen].float(), labels[chosen]
+    return values.log_softmax(-1).gather(1, targets[:, None]).squeeze(1), values.argmax(-1)
+
+
 @contextmanager
-def _kept(module: TransformerModule) -> Iterator[None]:
-    """The module as it was: its ``forward``, its trainer, and what a validation tunes."""
+def _kept(module: TransformerModule, methods: Iterable[str]) -> Iterator[None]:
+    """The module as it was: its methods, its trainer, and what a validation tunes."""
     before = {name: value.clone() for name, value in module.named_buffers()}
     trainer = module._trainer
     try:
         yield
     finally:
-        module.__dict__.pop("forward", None)
+        for name in ("forward", *methods):
+            module.__dict__.pop(name, None)
         module._trainer = trainer
         for name, value in module.named_buffers():
             if name in before:

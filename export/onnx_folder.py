@@ -8,38 +8,38 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_ft.core.files import atomic_folder, sha256
+from lightning_ft.core.files import atomic_folder
 from lightning_ft.core.report import Report
 from lightning_ft.export import predictor
+from lightning_ft.export.averaged import averaged
+from lightning_ft.export.bake import check_depth
+from lightning_ft.export.compare import MIN_LENGTH, prepare, reference
+from lightning_ft.export.ensemble import Ensemble
 from lightning_ft.export.extras import require
+from lightning_ft.export.fallback import write_graph
 from lightning_ft.export.gate import Gate
-from lightning_ft.export.graph import attention, inference_state, trace
+from lightning_ft.export.graph import attention, inference_state
 from lightning_ft.export.heads import Exportable, Head, open_source
-from lightning_ft.export.parity import check_parity, load_session, make_probes, run_torch
+from lightning_ft.export.manifest import is_export, provenance, seal
+from lightning_ft.export.parity import check_parity, open_graph
 from lightning_ft.export.quantize import Precision
-from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lightning_ft.export.parity import Probe
 
 log = logging.getLogger(__name__)
 
 OPSETS = range(18, 23)
 """Below 18 the exporter converts down, unreliably; from 23 attention is a native node that TensorRT cannot build."""
-
-CPU_ATTENTION = ("sdpa", "eager")
-MIN_LENGTH = 8
 
 
 def export_onnx(
@@ -48,6 +48,7 @@ def export_onnx(
     *,
     head: Head | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    members: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     labels: Sequence[str] = (),
     precision: Precision = "fp32",
     gate: Gate | None = None,
@@ -74,11 +75,16 @@ def export_onnx(
 
     Args:
         source: A Lightning checkpoint of a lightning_ft module, a Hugging Face folder with safetensors, a lightning_ft
-            module, a Hugging Face model, or any other module with ``head``. A module is neither copied nor changed:
-            training flags, attention implementation and device are restored, also after an error.
-        out: Folder to create. It may exist if it is empty.
+            module, a Hugging Face model, or any other module with ``head``. A module is not changed: training flags,
+            attention implementation and device are restored, also after an error. One with adapters of peft, pruning
+            masks, parametrisations or compiled parts is copied, these are merged into the copy's weights
+            (:func:`lightning_ft.export.bake.baked`), and its graph is compared with the module as it is.
+        out: Folder to create, or an earlier export to replace, which is kept as ``OUT.previous``
+            (:func:`lightning_ft.core.folders.atomic_folder`).
         head: What to export; found by the class of the model by default.
         tokenizer: The one the model was trained with; by default the one that came with it.
+        members: The folder of a :class:`~lightning_ft.callbacks.SnapshotEnsemble`, or files of it: the graph then
+            answers as they do together. ``source`` is any checkpoint of the run.
         labels: Names of the classes, by index. Empty: the head's.
         precision: What the graph is written in: ``"fp32"``, ``"fp16"`` (for GPUs), ``"int8"`` (the fastest on a CPU),
             ``"int8-weights"`` or ``"int4"`` (for decoders).
@@ -89,10 +95,13 @@ def export_onnx(
         progress: Is told each thing as it begins.
 
     Returns:
-        Versions, sizes, seconds and the table of differences; also written to ``report.json``.
+        Versions, sizes, seconds and the table of differences; also written to ``report.json``, with the number of the
+        export (one more than the one that it replaced), the SHA-256 of every file, and what the weights were:
+        :func:`lightning_ft.export.verify` checks the folder by it.
 
     Raises:
-        FileExistsError: ``out`` is a file or a folder that is not empty.
+        FileExistsError: ``out`` is a file, or a folder with content that is no export.
+        ExportError: Neither torch nor transformers.exporters can make a graph of the model.
         FileNotFoundError: There is no such source.
         GateError: The graph in fewer bits does not do its task. Nothing is written.
         ImportError: A package of the extra ``export`` is missing.
@@ -109,29 +118,32 @@ def export_onnx(
         require(package)
     _check_numbers(opset, max_length, tolerance)
     _check_precision(precision, gate)
-    parts = open_source(source, head=head, tokenizer=tokenizer)
+    parts = open_source(source, head=head, tokenizer=tokenizer, members=members)
     if labels:
         parts = {name: replace(part, head=_relabelled(part.head, labels)) for name, part in parts.items()}
     if gate is not None and len(parts) > 1:
         raise TypeError(f"gate: {parts[next(iter(parts))].source} has several heads: export each by itself")
     for part in parts.values():
         _check_model(part.model)
+        check_depth(part.model)
         _check_tokenizer(part.model, part.tokenizer)
         if gate is not None and part.module is None:
             raise TypeError(f"gate: {part.source} has no metrics to be judged by: give a module of lightning_ft")
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=is_export) as folder:
         reports = {
-            name: _export(part, folder / name, precision, gate, opset, max_length, tolerance, progress)
+            name: _export(part, source, folder / name, precision, gate, opset, max_length, tolerance, progress)
             for name, part in parts.items()
         }
-        report = reports[""] if "" in reports else _together(reports)
-        (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        if "" not in reports:
+            reports = {name: seal(folder / name, found, Path(out) / name) for name, found in reports.items()}
+        report = seal(folder, reports[""] if "" in reports else _together(reports), out)
     log.info("wrote %s\n%s", out, report)
     return report
 
 
 def _export(
     part: Exportable,
+    source: str | os.PathLike[str] | nn.Module,
     folder: Path,
     precision: Precision,
     gate: Gate | None,
@@ -142,56 +154,64 @@ def _export(
 ) -> Report:
     """One graph, with its companions, into a folder of its own."""
     onnx = require("onnx")
-    model, tokenizer, head = part.model, part.tokenizer, part.head
-    graph = head.wrap(model)
-    names = graph_inputs(model, tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    probes = [
-        probe._replace(inputs=graph.sample(probe.inputs, generator))
-        for probe in make_probes(tokenizer, names, max_length=max_length)
-    ]
+    model, head = part.model, part.head
     folder.mkdir(exist_ok=True)
-    path = folder / "model.onnx"
     started = time.perf_counter()
-    with inference_state(model):
-        expected = _reference(graph.eval(), probes)
-        sample = next(probe for probe in probes if probe.padded).inputs
-        progress(f"exporting {type(model).__name__}: inputs {', '.join(sample)}, opset {opset}")
-        with attention(model, "eager"):
-            program = trace(graph, sample, opset=opset)
-        program.save(path)
-    onnx.checker.check_model(path)
+    with ExitStack() as stack:
+        for either in part.models:
+            stack.enter_context(inference_state(either))
+        graphs, probes = prepare(part, max_length=max_length)
+        expected = reference(part, probes)
+        samples = graphs.samples(probes)
+        exporters = set()
+        for name, wrapper in graphs.files.items():
+            inputs = ", ".join(_shortened(samples[name]))
+            progress(f"exporting {type(model).__name__} to {name}: inputs {inputs}, opset {opset}")
+            with attention(model, "eager"):
+                exporters.add(write_graph(wrapper.eval(), samples[name], folder / name, opset=opset, progress=progress))
+            onnx.checker.check_model(folder / name)
     exported = time.perf_counter()
     progress(f"comparing {len(probes)} shapes in ONNX Runtime")
-    rows = check_parity(load_session(folder), probes, expected, tolerance=tolerance, per_token=graph.per_token)
+    sessions = {name: open_graph(folder / name) for name in graphs.files}
+    with inference_state(model):
+        rows = check_parity(
+            partial(graphs.run, sessions),
+            probes,
+            expected,
+            tolerance=tolerance,
+            per_token=graphs.per_token,
+            rounding=graphs.rounding,
+        )
+        proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
-        trials = gate.reduce(path, precision, part.module, progress=progress)
+        trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)
     _save_companions(folder, part)
     facts = {
         "model": type(model).__name__,
-        "source": part.source,
+        "source": provenance(source, part.original),
+        **({"baked": list(part.baked)} if part.baked else {}),
+        **({"members": len(model.members)} if isinstance(model, Ensemble) else {}),
+        **({"averaged": mean} if (mean := averaged(source)) else {}),
         "task": head.task,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "inputs": list(sample),
-        "outputs": list(graph.outputs),
+        "inputs": _of_files({name: list(samples[name]) for name in graphs.files}),
+        "outputs": _of_files({name: list(wrapper.outputs) for name, wrapper in graphs.files.items()}),
         "labels": len(head.labels),
         "precision": precision,
         **({"gate": trials} if trials else {}),
+        "exporter": " and ".join(sorted(exporters)),
         "opset": opset,
         "max_length": max_length,
         "tolerance": tolerance,
         "worst absolute difference": max(row["absolute"] for row in rows),
         "worst relative difference": max(row["relative"] for row in rows),
+        **({"written alike": proof} if proof else {}),
         "export_seconds": round(exported - started, 2),
         "parity_seconds": round(time.perf_counter() - exported, 2),
-        "sha256": sha256(path),
-        "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         "versions": {name: require(name).__version__ for name in ("torch", "transformers", "onnx", "onnxruntime")},
     }
-    report = Report(f"Exported {type(model).__name__} to ONNX", facts, rows)
-    (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    return report
+    return Report(f"Exported {type(model).__name__} to ONNX", facts, rows)
 
 
 def _together(reports: Mapping[str, Report]) -> Report:
@@ -200,23 +220,14 @@ def _together(reports: Mapping[str, Report]) -> Report:
     return Report("Exported to ONNX", {name: report.facts for name, report in reports.items()}, rows)
 
 
-def _reference(graph: GraphWrapper, probes: Sequence[Probe]) -> list[dict[str, Tensor]]:
-    model, expected = graph.model, []
-    config = getattr(model, "config", None)
-    # Flash attention has no CPU kernel; eager computes the same.
-    with attention(model, name if (name := getattr(config, "_attn_implementation", "")) in CPU_ATTENTION else "eager"):
-        for probe in probes:
-            try:
-                expected.append(run_torch(graph, probe))
-            except (IndexError, RuntimeError) as error:
-                if probe.length < MIN_LENGTH:  # nothing to do with length
-                    raise
-                raise ValueError(
-                    f"max_length: the model fails on {probe.length} tokens, got max_length={probes[-1].length}: "
-                    "give the number of tokens it was trained for (max_position_embeddings in its config is "
-                    f"{getattr(config, 'max_position_embeddings', None)}; RoBERTa-like models keep two of them)"
-                ) from error
-    return expected
+def _of_files(facts: Mapping[str, Any]) -> Any:
+    """By file, where there are several."""
+    return facts if len(facts) > 1 else next(iter(facts.values()))
+
+
+def _shortened(names: Iterable[str]) -> list[str]:
+    """Without the caches of all layers but the first."""
+    return [name for name in names if "." not in name or ".0." in name]
 
 
 def _check_numbers(opset: int, max_length: int, tolerance: float) -> None:
@@ -295,7 +306,7 @@ def longest_input(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int |
 def _save_companions(folder: Path, part: Exportable) -> None:
     config = copy.deepcopy(getattr(part.model, "config", None))
     if config is not None:
-        config.architectures = [type(part.model).__name__]
+        config.architectures = [type(getattr(part.model, "first", part.model)).__name__]
         if labels := part.head.labels:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: index for index, label in enumerate(labels)}

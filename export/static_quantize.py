@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lightning_ft.export.parity import open_graph
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
+Array = np.ndarray[Any, Any]
 Method = Literal["minmax", "percentile", "entropy"]
 """How the range of an activation follows from what was seen of it.
 
@@ -74,6 +75,13 @@ class Calibration:
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile={self.percentile} must be above 50 and at most 100: 99.99 cuts 1 of 10000")
 
+    def some(self, batches: Iterable[Any], progress: Callable[[str], None]) -> Iterator[Any]:
+        """The first of some batches; each eighth is told."""
+        for number, batch in zip(range(self.batches), batches, strict=False):
+            if number % 8 == 0:
+                progress(f"calibrating by {self.method}: batch {number + 1} of at most {self.batches}")
+            yield batch
+
 
 def static_nodes(model: ModelProto) -> list[str]:
     """Names of the nodes that ``int8-static`` quantises: products with a constant fp32 matrix.
@@ -92,7 +100,7 @@ def static_nodes(model: ModelProto) -> list[str]:
 
 def calibrate(
     path: str | os.PathLike[str],
-    feeds: Iterable[Mapping[str, np.ndarray[Any, Any]]],
+    feeds: Iterable[Mapping[str, Array]],
     calibration: Calibration | None = None,
     *,
     threads: int | None = None,
@@ -110,58 +118,130 @@ def calibrate(
         progress: Is told each eighth batch.
 
     Returns:
-        For each tensor's name the magnitude that becomes 127.
+        For each tensor's name the magnitude that becomes 127: ``ranges`` of :func:`lightning_ft.export.quantize`.
 
     Raises:
         ValueError: There is no batch, no node to quantise, or an activation is not finite.
     """
     how = calibration or Calibration()
-    path = Path(path)
-    model = require("onnx").load(path, load_external_data=False)
+    with watch(Path(path), how, threads=threads) as session:
+        for feed in how.some(feeds, progress):
+            session.run(None, feed)
+    return session.ranges()
+
+
+@contextlib.contextmanager
+def watch(path: Path, calibration: Calibration, *, threads: int | None = None) -> Iterator[Watched]:
+    """A session of a graph in fp32 that notes the ranges of its activations in whatever it runs.
+
+    Args:
+        path: The graph.
+        calibration: How ranges are found.
+        threads: Of ONNX Runtime.
+
+    Raises:
+        ValueError: There is no node to quantise.
+    """
+    onnx = require("onnx")
+    model = onnx.load(path, load_external_data=False)
     chosen = set(static_nodes(model))
     names = list(dict.fromkeys(node.input[0] for node in model.graph.node if node.name in chosen))
     if not names:
         raise ValueError(f"{path}: no node multiplies by a constant fp32 matrix: give a graph in fp32")
-    ranges = _Ranges(how)
-    count = 0
-    with _watched(model, names, path) as watched:
-        session = open_graph(watched, threads=threads)
-        for feed, _ in zip(feeds, range(how.batches), strict=False):
-            if count % 8 == 0:
-                progress(f"calibrating by {how.method}: batch {count + 1} of at most {how.batches}")
-            ranges.see({name: feed[name] for name in names if name in feed})
-            if inner := [name for name in names if name not in feed]:  # no names would mean all outputs
-                ranges.see(dict(zip(inner, session.run(inner, dict(feed)), strict=True)))
-            count += 1
-    if count == 0:
-        raise ValueError("feeds: expected one batch of inputs or more, got none: give data that the model will see")
-    return ranges.found()
+    known = {value.name for value in (*model.graph.output, *model.graph.input)}
+    outputs = [value.name for value in model.graph.output]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names if name not in known
+    )
+    # Beside the graph, since weights in a file of their own are named by their place.
+    handle, file = tempfile.mkstemp(".onnx", ".calibrating-", path.parent)
+    os.close(handle)
+    try:
+        onnx.save(model, file)
+        yield Watched(open_graph(Path(file), threads=threads), names, outputs, calibration)
+    finally:
+        Path(file).unlink(missing_ok=True)
 
 
-def quantize_static(
-    source: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    ranges: Mapping[str, float],
-    *,
-    keep: Collection[str] = (),
-) -> None:
-    """Write a graph whose matrix products are int8, by QuantizeLinear and DequantizeLinear nodes.
+class Watched:
+    """Runs a graph as a session does, and notes the ranges of activations.
+
+    Args:
+        session: Of the graph with them among its outputs.
+        names: Theirs.
+        outputs: Those that the graph had before.
+        calibration: How ranges are found.
+    """
+
+    def __init__(self, session: Any, names: Sequence[str], outputs: Sequence[str], calibration: Calibration) -> None:
+        self.session = session
+        self.names = names
+        self.outputs = outputs
+        self._largest: dict[str, float] = {}
+        self._histograms: Any = None
+        if calibration.method != "minmax":
+            from onnxruntime.quantization.calibrate import HistogramCollector
+
+            bins = BINS if calibration.method == "percentile" else LARGEST + 1
+            share = calibration.percentile
+            self._histograms = HistogramCollector(calibration.method, True, bins, LARGEST + 1, share, "same")
+
+    def get_inputs(self) -> Any:
+        """As the graph's."""
+        return self.session.get_inputs()
+
+    def get_outputs(self) -> list[Any]:
+        """As the graph's."""
+        return [entry for entry in self.session.get_outputs() if entry.name in self.outputs]
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Array]:
+        """Run a batch."""
+        wanted = self.outputs if names is None else names
+        every = [*wanted, *(name for name in self.names if name not in feed and name not in wanted)]
+        found = {**feed, **dict(zip(every, self.session.run(every, dict(feed)), strict=True))}
+        for name in self.names:
+            self._see(name, found[name])
+        return [found[name] for name in wanted]
+
+    def ranges(self) -> dict[str, float]:
+        """The magnitude of each activation that becomes 127.
+
+        Raises:
+            ValueError: Nothing was run.
+        """
+        if not self._largest:
+            raise ValueError("feeds: expected one batch of inputs or more, got none: give data that the model will see")
+        if self._histograms is None:
+            return dict(self._largest)
+        with contextlib.redirect_stdout(io.StringIO()):
+            pairs = self._histograms.compute_collection_result()
+        return {name: float(max(abs(edge) for edge in pairs[name][:2])) for name in self._largest}
+
+    def _see(self, name: str, value: Array) -> None:
+        top = float(np.abs(value).max(initial=0))
+        if not np.isfinite(top):
+            raise ValueError(f"the activation {name} is not finite in calibration: look at the model and the data")
+        self._largest[name] = max(top, self._largest.get(name, 0.0))
+        if self._histograms is not None:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each batch
+                self._histograms.collect({name: value})
+
+
+def write_static(model: ModelProto, ranges: Mapping[str, float], *, keep: Collection[str] = ()) -> None:
+    """Make a graph's matrix products int8, by QuantizeLinear and DequantizeLinear nodes.
 
     Weights have a scale for each output channel and activations one for all; both are symmetric, with no zero point.
-    Only inputs of products are quantised: their outputs, biases and all other nodes stay in fp32. Other than dynamic
+    Only inputs of products are quantised: their outputs, biases and all other nodes stay in fp32. Other than in dynamic
     int8, the outputs of a row do not depend on the rows beside it.
 
     Args:
-        source: A graph in fp32.
-        target: The file to write.
+        model: Changed in place; in fp32, without transposed weights.
         ranges: What :func:`calibrate` found on the same graph.
         keep: Names of nodes that stay in fp32.
 
     Raises:
         ValueError: ``ranges`` lacks an activation: they are of another graph.
     """
-    onnx = require("onnx")
-    model = onnx.load(source)
     chosen = set(static_nodes(model)) - set(keep)
     writer = _Writer(model.graph, ranges)
     for node in list(model.graph.node):
@@ -169,21 +249,22 @@ def quantize_static(
             writer.quantize(node)
         writer.nodes.append(node)
     writer.finish()
-    onnx.save(model, target)
 
 
 # ---- which nodes
 
 
 def _matrices(graph: GraphProto) -> dict[str, tuple[int, int]]:
-    """Shapes of the constant fp32 matrices."""
+    """Shapes of the constant fp32 matrices, as they are or transposed."""
     from onnx import TensorProto
 
-    return {
+    found = {
         tensor.name: (tensor.dims[0], tensor.dims[1])
         for tensor in graph.initializer
         if len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
     }
+    turned = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in found]
+    return found | {node.output[0]: found[node.input[0]][::-1] for node in turned}
 
 
 def _is_product(node: NodeProto, matrices: Collection[str]) -> bool:
@@ -219,57 +300,6 @@ def _leads_back(node: NodeProto, matrices: Mapping[str, tuple[int, int]], makers
             bent = bent or maker.op_type in _NONLINEAR
             open_names.extend(maker.input)
     return bent and rose
-
-
-# ---- ranges of activations
-
-
-@contextlib.contextmanager
-def _watched(model: ModelProto, names: Collection[str], path: Path) -> Iterator[Path]:
-    """The graph with activations among its outputs, beside its own file: external weights are named by it."""
-    onnx = require("onnx")
-    known = {value.name for value in (*model.graph.output, *model.graph.input)}
-    for name in names:
-        if name not in known:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    handle, file = tempfile.mkstemp(".onnx", "calibrating-", path.parent)
-    os.close(handle)
-    try:
-        onnx.save(model, file)
-        yield Path(file)
-    finally:
-        Path(file).unlink(missing_ok=True)
-
-
-class _Ranges:
-    """What was seen of activations."""
-
-    def __init__(self, how: Calibration) -> None:
-        self.how = how
-        self.largest: dict[str, float] = {}
-        self.histograms: Any = None
-        if how.method != "minmax":
-            from onnxruntime.quantization.calibrate import HistogramCollector
-
-            bins = BINS if how.method == "percentile" else LARGEST + 1
-            self.histograms = HistogramCollector(how.method, True, bins, LARGEST + 1, how.percentile, "same")
-
-    def see(self, values: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        for name, value in values.items():
-            top = float(np.abs(value).max(initial=0))
-            if not np.isfinite(top):
-                raise ValueError(f"the activation {name} is not finite in calibration: look at the model and the data")
-            self.largest[name] = max(top, self.largest.get(name, 0.0))
-        if self.histograms is not None:
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints a line for each batch
-                self.histograms.collect(values)
-
-    def found(self) -> dict[str, float]:
-        if self.histograms is None:
-            return dict(self.largest)
-        with contextlib.redirect_stdout(io.StringIO()):
-            pairs = self.histograms.compute_collection_result()
-        return {name: float(max(abs(edge) for edge in pairs[name][:2])) for name in self.largest}
 
 
 # ---- nodes

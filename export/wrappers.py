@@ -30,7 +30,7 @@ class GraphWrapper(nn.Module, ABC):
         model: The model to call, of Hugging Face or any other. It is a submodule, never a copy.
     """
 
-    outputs: ClassVar[tuple[str, ...]]
+    outputs: tuple[str, ...]
     """Names of the tensors that ``forward`` returns."""
 
     per_token: ClassVar[tuple[str, ...]] = ()
@@ -67,6 +67,14 @@ class GraphWrapper(nn.Module, ABC):
             generator: For whatever else is to be drawn.
         """
         return dict(tokens)
+
+    def arguments(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of ``forward`` that the graph's inputs make, which may be lists of them; in the same order.
+
+        Args:
+            inputs: By the graph's names: tensors, or what stands for each.
+        """
+        return dict(inputs)
 
     def _read(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None) -> Any:
         # Named only when given: DistilBERT's forward has no such argument.

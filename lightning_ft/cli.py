@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with run folders, exact resume, and plan, fisher, export, soup and demo."""
+"""The command line: LightningCLI with run folders, exact resume, plan and fisher; other commands are in `commands`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, Namespace, auto_cli
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import (
@@ -63,6 +63,7 @@ further commands, with --help of their own:
   lightning-ft fisher --config CONFIG --ckpt_path CKPT --out FILE
                                            how much each parameter matters to a task, for EWC
   lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
+  lightning-ft benchmark FOLDER ...        time exported models beside the same model in PyTorch
   lightning-ft soup CHECKPOINT ... --out OUT   average fine-tuned checkpoints, all or greedily (--greedy)
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """
@@ -346,102 +347,6 @@ def _number(run: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-class _Built(FineTuningCLI):
-    """A command line that makes trainer, model and data, and runs nothing."""
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-def export(
-    source: str,
-    out: str,
-    *,
-    to: Literal["onnx", "hf"] = "onnx",
-    precision: Literal["fp32", "fp16", "int8", "int8-weights", "int4"] = "fp32",
-    data: str | None = None,
-    max_drop: float = 0.005,
-    metric: str | None = None,
-    opset: int = 20,
-    max_length: int = 128,
-) -> None:
-    """Write a folder for serving, proved equal to the source before anything is left in OUT.
-
-    Args:
-        source: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``) or a Hugging Face folder.
-        out: The folder to create.
-        to: ONNX, or a Hugging Face folder.
-        precision: Of the ONNX graph. Below fp32 the validation data of ``--data`` judge it.
-        data: Configuration of the run: its validation data.
-        max_drop: How much of the task's metric a graph in fewer bits may lose; 0.005 is half a point.
-        metric: The metric that counts, such as ``val_f1``; by default the usual one of the task.
-        opset: ONNX operator set.
-        max_length: Longest input, in tokens, for which equality is proved.
-    """
-    from lightning_ft.export import Gate, export_hf, export_onnx
-
-    if to == "hf":
-        print(export_hf(source, out))
-        return
-    if precision != "fp32" and data is None:
-        raise ValueError(
-            f"--precision {precision} is judged on validation data: name the run's configuration with --data, such as "
-            "runs/run_0/config.yaml"
-        )
-    gate = None
-    if precision != "fp32":
-        # A checkpoint's labels are the data's, so that no training file is needed.
-        path = ["--ckpt_path", source] if Path(source).is_file() else []
-        built = run(["validate", "--config", str(data), *path], cli_class=_Built)
-        gate = Gate(built.datamodule, max_drop, metric)
-    print(
-        export_onnx(
-            source,
-            out,
-            precision=precision,
-            gate=gate,
-            opset=opset,
-            max_length=max_length,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    )
-
-
-def soup(arguments: list[str]) -> None:
-    """``lightning-ft soup``: average fine-tuned checkpoints."""
-    from lightning_ft.soup import scorer
-    from lightning_ft.soup import soup as mix
-
-    parser = ArgumentParser(prog="lightning-ft soup", description=(mix.__doc__ or "").splitlines()[0])
-    parser.add_argument("members", nargs="+", type=str, help="Checkpoints, or Hugging Face folders with safetensors.")
-    parser.add_argument("--out", type=str, required=True, help="The checkpoint to write.")
-    parser.add_argument("--greedy", action="store_true", help="Take in only what improves the score.")
-    parser.add_argument("--config", type=str, help="Configuration of a run: its validation data score the weights.")
-    parser.add_argument("--monitor", type=str, default="val_accuracy", help="The logged value that is the score.")
-    parser.add_argument("--mode", type=Literal["max", "min"], default="max", help="Which score is better.")
-    options = parser.parse_args(arguments)
-    if options.greedy and options.config is None:
-        parser.error("--greedy scores mixtures on validation data: --config names the run's configuration")
-    score = None
-    if options.config is not None:
-        # The labels are the members', so that no training file is needed.
-        checkpoint = next((member for member in options.members if Path(member).is_file()), None)
-        path = [] if checkpoint is None else ["--ckpt_path", checkpoint]
-        built = run(["validate", "--config", options.config, *path], cli_class=_Built)
-        score = scorer(built.trainer, built.model, built.datamodule, options.monitor)
-    print(
-        mix(
-            options.members,
-            options.out,
-            score=score,
-            greedy=options.greedy,
-            mode=options.mode,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
-        )
-    )
-
-
 def run(arguments: Sequence[str] | None = None, *, cli_class: type[FineTuningCLI] = FineTuningCLI) -> FineTuningCLI:
     """Run a command of :class:`FineTuningCLI` and return it, with its trainer, model and data.
 
@@ -472,35 +377,25 @@ def main() -> None:
     if command != "fit":
         # The callbacks of a fit are no concern of an evaluation.
         warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint need to be provided")
-    if command == "export":
-        auto_cli(export, args=arguments, as_positional=True, prog="lightning-ft export")
-    elif command == "soup":
-        soup(arguments)
-    elif command == "demo":
-        _demo(arguments)
-    else:
+    if (own := _own_command(command)) is None:
         run()
+    else:
+        own(arguments)
 
 
-def _demo(arguments: list[str]) -> None:
-    from lightning_ft.demo import SENTENCES, demo
+def _own_command(name: str) -> Callable[[list[str]], None] | None:
+    """A command that is none of the trainer's."""
+    from lightning_ft import commands
 
-    parser = ArgumentParser(prog="lightning-ft demo", description=(demo.__doc__ or "").splitlines()[0])
-    parser.add_argument("sentences", nargs="*", type=str, default=list(SENTENCES), help="What to classify in the end.")
-    parser.add_argument("--folder", type=str, default="runs/demo", help="Where everything is written.")
-    parser.add_argument("--prepare", action="store_true", help="Only write the data and the model.")
-    options = parser.parse_args(arguments)
-    demo(options.sentences or SENTENCES, folder=options.folder, prepare=options.prepare)
+    return commands.COMMANDS.get(name)
 
 
 __all__ = [
     "FineTuningCLI",
     "FineTuningTrainer",
     "checkpoint_labels",
-    "export",
     "last_checkpoint",
     "main",
     "run",
     "run_folder",
-    "soup",
 ]

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_ft"
 
-# What each part may import of the others; `cli`, `plan`, `fisher_pass` and `demo` may import everything.
+# What each part may import of the others; `cli`, `commands`, `plan`, `fisher_pass` and `demo` may import everything.
 ALLOWED = {
     "core": set(),
     "functional": {"core"},

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_ft.core.folders import atomic_folder
+
+__all__ = ["atomic_file", "atomic_folder", "replace", "sha256"]
+
 
 @contextmanager
 def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
@@ -37,31 +41,6 @@ def atomic_file(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder beside ``target`` to fill; renamed to ``target`` when the block ends without an error.
-
-    Args:
-        target: The folder to create. It may exist only if it is empty: a folder with content cannot be
-            replaced by one rename, and what it holds is not ours to delete.
-
-    Raises:
-        FileExistsError: ``target`` is a file or a folder that is not empty.
-    """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is not an empty folder: name another one, or move it away")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -106,7 +106,7 @@ def test_int8_passes(tmp_path: Path) -> None:
     assert 0.9 <= small["val_accuracy"] == pytest.approx(small["agreement"]) == pytest.approx(1 - small["drop"])
     assert 0 < small["distance"] < 0.2
     assert small["MB"] < full["MB"]
-    assert report.facts["bytes"]["model.onnx"] == pytest.approx(1e6 * small["MB"], abs=5000)
+    assert report.facts["files"]["model.onnx"]["bytes"] == pytest.approx(1e6 * small["MB"], abs=5000)
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["facts"]["precision"] == "int8"
     kinds = {node.op_type for node in onnx.load(tmp_path / "out" / "model.onnx").graph.node}
     assert kinds & {"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}

@@ -18,7 +18,7 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.export import Gate, export_onnx, load_session
 from lightning_ft.export.judge import calibration_batches, judge
 from lightning_ft.export.quantize import quantizable, quantize
-from lightning_ft.export.static_quantize import Calibration, calibrate, quantize_static, static_nodes
+from lightning_ft.export.static_quantize import Calibration, calibrate, static_nodes
 from lightning_ft.modules import SequenceClassification
 from tests.export.test_gate import classifier, own_answers, sentences
 
@@ -118,7 +118,7 @@ def test_which_products(name: str, tmp_path: Path) -> None:
     # Each one that is chosen is quantised, and no other.
     x = next(batches(5))["x"]
     ranges = calibrate(path, batches(4, 7))
-    quantize_static(path, tmp_path / "small.onnx", ranges)
+    quantize(path, tmp_path / "small.onnx", "int8-static", ranges=ranges)
     onnx.checker.check_model(tmp_path / "small.onnx", full_check=True)
     kinds = [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
     assert kinds.count("DequantizeLinear") == 2 * len(wanted)
@@ -128,7 +128,7 @@ def test_which_products(name: str, tmp_path: Path) -> None:
 def test_values_are_those_of_the_definition(tmp_path: Path) -> None:
     path = graph(tmp_path, ("MatMul", "x square", "a"), ("Gemm", "a square.T bias", "y"), y={"transB": 1})
     ranges = calibrate(path, batches(4, 9, 3))
-    quantize_static(path, tmp_path / "small.onnx", ranges)
+    quantize(path, tmp_path / "small.onnx", "int8-static", ranges=ranges)
 
     def rounded(values: Any, scale: Any) -> Any:
         return np.clip(np.rint(values / scale), -127, 127) * scale
@@ -158,7 +158,7 @@ def test_what_is_kept_and_what_is_shared(tmp_path: Path) -> None:
         tmp_path, ("MatMul", "x square", "a"), ("MatMul", "x square", "b"), ("Add", "a b", "c"), ("MatMul", "c up", "y")
     )
     ranges = calibrate(path, batches(4))
-    quantize_static(path, tmp_path / "small.onnx", ranges, keep=["y"])
+    quantize(path, tmp_path / "small.onnx", "int8-static", ranges=ranges, keep=["y"])
     made = onnx.load(tmp_path / "small.onnx").graph
     kinds = [node.op_type for node in made.node]
     # One weight and one activation, read twice.
@@ -187,10 +187,10 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the activation x is not finite in calibration"):
         calibrate(path, [{"x": np.full((1, HIDDEN), np.nan, np.float32)}])
     with pytest.raises(ValueError, match="ranges: x is not among them: calibrate the graph"):
-        quantize_static(path, tmp_path / "small.onnx", {})
+        quantize(path, tmp_path / "small.onnx", "int8-static", ranges={})
     with pytest.raises(ValueError, match=r"ranges: int8-static needs those .*give what calibrate\(\) returns"):
         quantize(path, tmp_path / "small.onnx", "int8-static")
-    quantize_static(path, path, calibrate(path, batches(3)))
+    quantize(path, path, "int8-static", ranges=calibrate(path, batches(3)))
     with pytest.raises(ValueError, match="no node multiplies by a constant fp32 matrix: give a graph in fp32"):
         calibrate(path, batches(3))
     with pytest.raises(ValueError, match="batches=0 must be 1 or more"):

@@ -24,7 +24,7 @@ from lightning_ft.export.graph_precision import graph_precision, half_precision,
 from lightning_ft.export.parity import open_graph
 from lightning_ft.export.profiles import Profile, graph_axes
 from lightning_ft.export.quantize import quantize
-from lightning_ft.export.static_quantize import calibrate, quantize_static, static_nodes
+from lightning_ft.export.static_quantize import calibrate, static_nodes
 from lightning_ft.export.tensorrt import EngineError, build_tensorrt, find_runtime
 from tests.export.decoder_graphs import gpt2_with_cache, t5_in_three
 from tests.pretrained import pretrained
@@ -58,7 +58,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         profiles = [profile] if isinstance(profile, Profile) else profile
         shapes = [one.shapes(graph_axes(path)) for one in profiles]
         feeds = [random_feed(session, {name: sizes[1] for name, sizes in shape.items()}) for shape in shapes]
-        quantize_static(path, folder / "int8-static" / path.name, calibrate(path, feeds))
+        quantize(path, folder / "int8-static" / path.name, "int8-static", ranges=calibrate(path, feeds))
     return SimpleNamespace(name=request.param, folder=folder, profile=profile)
 
 
