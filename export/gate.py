@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_ft.core.report import format_table
 from lightning_ft.export.extras import require
-from lightning_ft.export.judge import Judgement, drop, judge, main_metric
+from lightning_ft.export.judge import Judgement, calibration_batches, drop, judge, main_metric
 from lightning_ft.export.parity import open_graph
 from lightning_ft.export.quantize import Precision, quantizable, quantize
+from lightning_ft.export.static_quantize import Calibration, watch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
     from lightning_ft.export.graphs import Graphs
     from lightning_ft.modules import TransformerModule
 
+DEFAULT = Calibration()
 Node = tuple[str, str]
 """The file and the name of a node."""
+Ranges = Mapping[str, Mapping[str, float]]
+"""Of each file the ranges of its activations; empty but for ``int8-static``."""
 
 RANKED_ON = 8
 """Batches on which nodes are ranked: 38 graphs of MiniLM are run on them."""
@@ -42,6 +47,8 @@ class Gate:
             losses, which shall be low, how much they may rise (:func:`lightning_ft.export.judge.drop`); four bits
             cost a decoder some 0.05.
         metric: Its name, such as ``"val_f1"``; by default the one that counts for the head.
+        calibration: How ``int8-static`` finds the scales of activations: on the training data of ``data``, or on the
+            validation data where there are none.
 
     Raises:
         ValueError: ``max_drop`` is not a share.
@@ -50,6 +57,7 @@ class Gate:
     data: LightningDataModule
     max_drop: float = 0.005
     metric: str | None = None
+    calibration: Calibration = DEFAULT
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_drop < 1:
@@ -85,24 +93,25 @@ class Gate:
             GateError: No trial passes. The files are as they were.
             ValueError: The metric is not measured.
         """
-        nodes = _nodes(folder, graphs)
+        nodes = _nodes(folder, graphs, precision)
         progress(f"judging the fp32 graph on {type(self.data).__name__}")
         reference = self._judge(folder, graphs, module, threads)
         rows = [self._row("fp32", 0, folder, reference, reference, module)]
+        ranges = self._calibrate(folder, graphs, module, threads, progress) if precision == "int8-static" else {}
         ranked: list[Node] = []
         kept = 0
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".trial-") as name:
             trial = Path(name)
             while True:
                 progress(f"judging {precision} with {kept} of {len(nodes)} nodes in fp32")
-                _quantize(folder, trial, graphs, precision, ranked[:kept])
+                _quantize(folder, trial, graphs, precision, ranked[:kept], ranges)
                 found = self._judge(trial, graphs, module, threads)
                 rows.append(self._row(precision, kept, trial, found, reference, module))
                 if rows[-1]["drop"] <= self.max_drop:
                     _take(trial, folder, graphs)
                     return rows
                 ranked = ranked or self._rank(
-                    folder, trial, graphs, precision, nodes, reference, module, threads, progress
+                    folder, trial, graphs, precision, nodes, ranges, reference, module, threads, progress
                 )
                 kept = max(1, 2 * kept)
                 if kept > len(nodes) / 2:
@@ -126,6 +135,7 @@ class Gate:
         graphs: Graphs,
         precision: Precision,
         nodes: list[Node],
+        ranges: Ranges,
         reference: Judgement,
         module: TransformerModule,
         threads: int | None,
@@ -136,9 +146,30 @@ class Gate:
         distances = {}
         for number, node in enumerate(nodes, 1):
             progress(f"leaving out node {number} of {len(nodes)}: {node[1]}")
-            _quantize(folder, trial, graphs, precision, [node])
+            _quantize(folder, trial, graphs, precision, [node], ranges)
             distances[node] = self._judge(trial, graphs, module, threads, RANKED_ON).distance(first)
         return sorted(nodes, key=lambda node: distances[node])
+
+    def _calibrate(
+        self,
+        folder: Path,
+        graphs: Graphs,
+        module: TransformerModule,
+        threads: int | None,
+        progress: Callable[[str], None],
+    ) -> Ranges:
+        """What the graphs' activations are, where the module's ``forward`` is computed by them."""
+        split, batches = calibration_batches(self.data)
+        progress(f"calibrating on the {split} data of {type(self.data).__name__}")
+        with ExitStack() as stack:
+            watched = {
+                name: stack.enter_context(watch(folder / name, self.calibration, threads=threads))
+                for name in graphs.files
+            }
+            forward = graphs.replacements(module, watched)["forward"]
+            for batch in self.calibration.some(batches, progress):
+                forward(batch)
+        return {name: graph.ranges() for name, graph in watched.items()}
 
     def _row(
         self, precision: str, kept: int, folder: Path, found: Judgement, reference: Judgement, module: TransformerModule
@@ -160,20 +191,23 @@ class Gate:
         return self.metric or main_metric(module)
 
 
-def _nodes(folder: Path, graphs: Graphs) -> list[Node]:
+def _nodes(folder: Path, graphs: Graphs, precision: Precision) -> list[Node]:
     onnx = require("onnx")
     return [
         (name, node)
         for name in graphs.files
-        for node in quantizable(onnx.load(folder / name, load_external_data=False))
+        for node in quantizable(onnx.load(folder / name, load_external_data=False), precision)
     ]
 
 
-def _quantize(folder: Path, trial: Path, graphs: Graphs, precision: Precision, keep: list[Node]) -> None:
+def _quantize(
+    folder: Path, trial: Path, graphs: Graphs, precision: Precision, keep: list[Node], ranges: Ranges
+) -> None:
     for file in trial.iterdir():
         file.unlink()
     for name in graphs.files:
-        quantize(folder / name, trial / name, precision, keep=[node for file, node in keep if file == name])
+        kept = [node for file, node in keep if file == name]
+        quantize(folder / name, trial / name, precision, keep=kept, ranges=ranges.get(name))
 
 
 def _take(trial: Path, folder: Path, graphs: Graphs) -> None:

@@ -145,6 +145,24 @@ def _note(seen: list[tuple[Tensor, Tensor | None]], module: TransformerModule, b
     return outputs
 
 
+def calibration_batches(data: LightningDataModule) -> tuple[str, Iterator[Batch]]:
+    """Batches that are like those a model will see, and the name of the split they are of.
+
+    Args:
+        data: Its training data are taken, or its validation data where it has none.
+    """
+    from lightning.pytorch.utilities.model_helpers import is_overridden
+
+    from lightning_ft.data import TextData
+
+    trains = (
+        data.sources["train"] is not None if isinstance(data, TextData) else is_overridden("train_dataloader", data)
+    )
+    data.prepare_data()
+    data.setup("fit" if trains else "validate")
+    return ("training", iter(data.train_dataloader())) if trains else ("validation", iter(data.val_dataloader()))
+
+
 def _read(module: TransformerModule, batch: Batch, outputs: Any) -> tuple[Tensor, Tensor | None]:
     """Outputs that mean something, and what was decided by them."""
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()

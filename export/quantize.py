@@ -6,22 +6,25 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_ft.export.extras import require
 from lightning_ft.export.parity import PROVIDER, SLOW_FUSIONS
+from lightning_ft.export.static_quantize import static_nodes, write_static
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-Precision = Literal["fp32", "fp16", "int8", "int8-weights", "int4"]
+Precision = Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4"]
 """What weights and activations are kept in.
 
 - ``fp16``: both; inputs and outputs stay fp32. For GPUs: a CPU converts back and forth.
 - ``int8``: weights with a scale for each channel, activations as they come (dynamic). The fastest on a CPU.
+- ``int8-static``: the same products, but for some, with scales of activations fixed by data (calibration): the int8 of
+  TensorRT. See :mod:`lightning_ft.export.static_quantize`.
 - ``int8-weights``, ``int4``: weights in blocks of 32; activations stay fp32. For decoders, whose time goes into reading
   weights; slower than ``int8`` for encoders.
 """
@@ -32,8 +35,13 @@ LARGE = 3 << 29
 """Bytes from which on weights are written beside a graph: 1.5 GiB, as torch's exporter does."""
 
 
-def quantizable(model: ModelProto) -> list[str]:
-    """Names of the nodes that ``int8`` quantises: those with a constant weight matrix, as it is or transposed."""
+def quantizable(model: ModelProto, precision: Precision = "int8") -> list[str]:
+    """Names of the nodes that a precision quantises: those with a constant weight matrix, as it is or transposed.
+
+    Of ``int8-static`` they are fewer: :func:`~lightning_ft.export.static_quantize.static_nodes`.
+    """
+    if precision == "int8-static":
+        return static_nodes(model)
     matrices = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 2}
     matrices |= {
         node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in matrices
@@ -50,7 +58,12 @@ def _looks_up(node: Any) -> bool:
 
 
 def quantize(
-    source: str | os.PathLike[str], target: str | os.PathLike[str], precision: Precision, *, keep: Collection[str] = ()
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    precision: Precision,
+    *,
+    keep: Collection[str] = (),
+    ranges: Mapping[str, float] | None = None,
 ) -> None:
     """Write a graph in fewer bits. Nothing is checked here: :func:`lightning_ft.export.export_onnx` does that.
 
@@ -63,13 +76,16 @@ def quantize(
         target: The file to write.
         precision: What to write it in.
         keep: Names of nodes that stay in fp32.
+        ranges: Of ``int8-static``: what :func:`~lightning_ft.export.static_quantize.calibrate` found on ``source``.
 
     Raises:
         ImportError: A package of the extra ``export`` is missing.
-        ValueError: ``precision`` is none of those known.
+        ValueError: ``precision`` is none of those known, or ``ranges`` are missing.
     """
     if precision not in get_args(Precision):
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(get_args(Precision))}")
+    if precision == "int8-static" and ranges is None:
+        raise ValueError("ranges: int8-static needs those of the activations: give what calibrate() returns")
     onnx = require("onnx")
     model = onnx.load(source)
     large = model.ByteSize() > LARGE
@@ -86,6 +102,8 @@ def quantize(
         elif precision == "int8":
             _int8(model, Path(target), keep, large=large)
             return
+        elif precision == "int8-static":
+            write_static(model, ranges or {}, keep=keep)
         elif precision != "fp32":
             model = _weights(model, 4 if precision == "int4" else 8, keep)
     save(model, Path(target))
