@@ -7,6 +7,7 @@ from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
 from lightning_ft.export.predictor import Predictor
 from lightning_ft.export.timing import measure_latency
+from lightning_ft.export.triton import write_triton_repository
 from lightning_ft.export.wrappers import GraphWrapper, Logits
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "export_onnx",
     "load_session",
     "measure_latency",
+    "write_triton_repository",
 ]
