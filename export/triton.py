@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from lightning_ft.core.files import atomic_folder, sha256
 from lightning_ft.core.report import Report
-from lightning_ft.export import triton_model
+from lightning_ft.export import triton_model, triton_serve
 from lightning_ft.export.triton_config import FILES, Backend, Device, Service, TensorSpec, graph_config, text_config
 from lightning_ft.export.triton_readme import dockerfile, readme
 from lightning_ft.export.triton_sources import COMPANIONS, Source, find_sources, warm
@@ -60,7 +60,8 @@ def write_triton_repository(
     their rows by length and pads them, which the backends of the graph could not. A bad request is refused by itself.
 
     An export of several heads becomes a pair of models for each, ``NAME_TASK`` and ``NAME_TASK_graph``. Beside them lie
-    a README.md (how to start, how to ask) and a Dockerfile, since the server's image has no tokenizers.
+    a README.md (how to start, how to ask), ``serve.py``, which starts the server and stops it without losing a request,
+    and a Dockerfile, since the server's image has no tokenizers.
 
     Args:
         folder: What :func:`~lightning_ft.export.export_onnx` wrote, or ``build_tensorrt``.
@@ -120,6 +121,7 @@ def write_triton_repository(
             rows += _write(place, fitted, source, warmup_lengths)
         (place / "README.md").write_text(readme(pairs, TEXTS), encoding="utf-8")
         (place / "Dockerfile").write_text(dockerfile(), encoding="utf-8")
+        shutil.copyfile(triton_serve.__file__, place / "serve.py")
     facts = {
         "source": os.fspath(folder),
         "backend": backend,

@@ -48,7 +48,7 @@ class Graph:
         )
         response = request.exec()
         if response.has_error():
-            raise RuntimeError(f"{self.name}: {response.error().message()}")
+            raise RuntimeError(f"{self.name}: {response.error().message()} CODE {response.error().code()}")
         return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
 
 

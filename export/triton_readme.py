@@ -23,7 +23,7 @@ RUN pip install --no-cache-dir tokenizers==$tokenizers
 COPY . /models
 EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s CMD curl --fail --silent localhost:8000/v2/health/ready
-ENTRYPOINT ["tritonserver", "--model-repository=/models"]
+ENTRYPOINT ["python3", "/models/serve.py"]
 """)
 
 README = Template("""\
@@ -36,9 +36,13 @@ $models
     docker build -t triton-texts .
     docker run --rm$options --shm-size=1g -p 8000:8000 -p 8001:8001 -p 8002:8002 triton-texts
 
-The image of the Dockerfile is NVIDIA's, with `tokenizers` added. Without a container: `tritonserver
---model-repository=.`, where the Python backend's Python has numpy and tokenizers. The server is ready, with all models,
-when `curl --fail localhost:8000/v2/health/ready` succeeds.
+The image of the Dockerfile is NVIDIA's, with `tokenizers` added. Without a container: `python3 serve.py`, with
+tritonserver on the PATH and numpy and tokenizers in the Python of its Python backend. The server is ready, with all
+models, when `curl --fail localhost:8000/v2/health/ready` succeeds.
+
+Stop it with SIGTERM (`docker stop --time 90`). `serve.py` then lets the models answer what they have accepted, before it
+ends the server. `tritonserver --model-repository=.` works, too, but answers what waits at that moment with an error
+(HTTP 503, gRPC UNAVAILABLE): once told to stop, Triton refuses what one model asks of another.
 $engines
 ## Ask
 

@@ -48,7 +48,7 @@ class Server:
 
     Args:
         folder: For its backends and its log.
-        repositories: What it loads.
+        repositories: What it loads; started by the first one's `serve.py`.
     """
 
     def __init__(self, folder: Path, repositories: Sequence[Path]) -> None:
@@ -61,15 +61,15 @@ class Server:
         site = packages()
         triton = site / "pytriton" / "tritonserver"
         self._make_backends(triton)
-        options = [f"--model-repository={path}" for path in self.repositories]
+        options = [f"--model-repository={path}" for path in self.repositories[1:]]
         options += [f"--backend-directory={self.folder / 'backends'}", "--exit-timeout-secs=30"]
         options += [f"--http-port={self.http}", f"--grpc-port={self.grpc}", "--allow-metrics=false"]
         # Without a GPU: the wheel's libraries, and the Python of the environment for the backend's processes.
         environment = _environment()
-        environment["PATH"] = f"{PYTHON.parent}:{environment['PATH']}"
+        environment["PATH"] = f"{PYTHON.parent}:{triton / 'bin'}:{environment['PATH']}"
         environment["LD_LIBRARY_PATH"] = str(site / "nvidia_pytriton.libs")
         with self.log.open("w") as log:
-            command = [str(triton / "bin" / "tritonserver"), *options]
+            command = [str(PYTHON), str(self.repositories[0] / "serve.py"), *options]
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         self._wait()
         return self
