@@ -21,6 +21,10 @@ class BadRequestError(ValueError):
     """A request that cannot be read."""
 
 
+class UnavailableError(RuntimeError):
+    """The graph is not loaded, or the server is about to stop."""
+
+
 def server() -> Any:
     """What Triton gives its Python models."""
     return importlib.import_module("triton_python_backend_utils")
@@ -48,7 +52,10 @@ class Graph:
         )
         response = request.exec()
         if response.has_error():
-            raise RuntimeError(f"{self.name}: {response.error().message()} CODE {response.error().code()}")
+            message = f"{self.name}: {response.error().message()}"
+            # Triton gives no code of its own to an inner request.
+            gone = "not ready" in message or "no available versions" in message
+            raise (UnavailableError if gone else RuntimeError)(message)
         return [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names]
 
 
@@ -117,6 +124,8 @@ class TritonPythonModel:
         """For each request its answers, or the error. What fails together is run again one by one."""
         try:
             answers = self.predictor.answer([item for items in parts for item in items])
+        except UnavailableError as error:
+            return [error] * len(parts)
         except Exception as error:  # noqa: BLE001  the graph's, or a want of memory
             return [error] if len(parts) == 1 else [self._answer([items])[0] for items in parts]
         begins = [sum(map(len, parts[:i])) for i in range(len(parts))]
@@ -132,6 +141,8 @@ class TritonPythonModel:
             return pb_utils.InferenceResponse(output_tensors=tensors)
         except BadRequestError as error:
             fault = pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+        except UnavailableError as error:
+            fault = pb_utils.TritonError(str(error), pb_utils.TritonError.UNAVAILABLE)
         except Exception as error:  # noqa: BLE001  the client is told, and the service goes on
             pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
             fault = pb_utils.TritonError(f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL)

@@ -40,9 +40,9 @@ The image of the Dockerfile is NVIDIA's, with `tokenizers` added. Without a cont
 tritonserver on the PATH and numpy and tokenizers in the Python of its Python backend. The server is ready, with all
 models, when `curl --fail localhost:8000/v2/health/ready` succeeds.
 
-Stop it with SIGTERM (`docker stop --time 90`). `serve.py` then lets the models answer what they have accepted, before it
-ends the server. `tritonserver --model-repository=.` works, too, but answers what waits at that moment with an error
-(HTTP 503, gRPC UNAVAILABLE): once told to stop, Triton refuses what one model asks of another.
+Stop it with SIGTERM (`docker stop --time 90`): `serve.py` takes no more after two seconds, lets the models answer what
+they have accepted, and ends the server. `tritonserver --model-repository=.` works, too, but answers what waits at that
+moment with an error (HTTP 503, gRPC UNAVAILABLE): once told to stop, Triton refuses what one model asks of another.
 $engines
 ## Ask
 

@@ -1,9 +1,10 @@
 """Start Triton on the model repository that this file lies in, and stop it without losing a request.
 
-``python3 serve.py``, with further options of tritonserver if wanted. Once it is told to stop, Triton refuses what one model
-asks of another, so that texts which wait at that moment would be answered by an error. So on SIGTERM or SIGINT the models
-that take texts are unloaded first, which ends when they have answered all that they had accepted; a second signal stops
-the server at once. Loading and unloading by others is barred with a key.
+``python3 serve.py``, with further options of tritonserver if wanted. Once it is told to stop, Triton refuses what one
+model asks of another, so that texts which wait at that moment would be answered by an error. So on SIGTERM or SIGINT it
+goes on for two seconds, for what is on its way; then the models that take texts are unloaded, which ends when they have
+answered all that they had accepted; then the server is stopped. A second signal stops it at once. Loading and unloading
+by others is barred with a key.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 HEADER = "lightning-ft-key"
-PATIENCE = 60  # seconds
+GRACE = 2  # seconds that it goes on before it accepts nothing more
+PATIENCE = 60  # seconds that what was accepted may take
 
 
 class Repository:
@@ -90,6 +92,7 @@ def main(options: Sequence[str] | None = None) -> int:
 
 
 def _drain(repository: Repository, models: Sequence[str]) -> None:
+    time.sleep(GRACE)
     try:
         repository.drain(models)
     except (OSError, ValueError) as error:  # it is not up yet, or is gone
