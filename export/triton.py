@@ -158,7 +158,7 @@ def _check(service: Service) -> None:
 
 
 def _fit(service: Service, source: Source, max_batch_size: int | None) -> Service:
-    """The service with the model's own limits."""
+    """The service with the limits of an engine."""
     limit, engine = source.longest, source.engine
     if service.max_length is not None and not 1 <= service.max_length <= (limit or service.max_length):
         raise ValueError(f"max_length={service.max_length}: expected 1 to the {limit} tokens that the model takes")
@@ -166,12 +166,17 @@ def _fit(service: Service, source: Source, max_batch_size: int | None) -> Servic
         raise ValueError(
             f"device='gpu': the graph of {source.folder} is quantised for a CPU: export with precision='fp16' for a GPU"
         )
-    service = replace(service, max_length=service.max_length or limit)
     if engine is None:
         return service
     if max_batch_size is not None and max_batch_size > engine.rows:
         raise ValueError(f"max_batch_size={max_batch_size}: the engine was built for up to {engine.rows} rows")
-    return replace(service, max_batch_size=max_batch_size or engine.rows, profiles=engine.profiles)
+    return replace(
+        service,
+        max_batch_size=max_batch_size or engine.rows,
+        # What head.json says of windows is left to the predictor, as long as an engine takes them.
+        max_length=service.max_length or engine.tokens,
+        profiles=engine.profiles,
+    )
 
 
 def _write(place: Path, service: Service, source: Source, lengths: Sequence[int] | None) -> list[dict[str, Any]]:
@@ -183,10 +188,13 @@ def _write(place: Path, service: Service, source: Source, lengths: Sequence[int]
     shutil.copyfile(source.graph, target)
     for file in source.folder.glob(f"{source.graph.name}.data*"):  # weights that do not fit into the graph's file
         shutil.copyfile(file, graph / "1" / file.name)
-    warmups = warm(source, graph / "warmup", _lengths(service, lengths), (1, service.rows))
+    longest = service.max_length or source.longest
+    warmups = warm(source, graph / "warmup", _lengths(longest, lengths), (1, service.rows))
     if lengths and not warmups:
         raise ValueError(f"warmup_lengths={list(lengths)}: no row is known of so few tokens for {source.head['task']}")
-    config = graph_config(service, source.inputs, source.outputs, warmups, precision=source.precision)
+    config = graph_config(
+        replace(service, max_length=longest), source.inputs, source.outputs, warmups, precision=source.precision
+    )
     (graph / "config.pbtxt").write_text(config, encoding="utf-8")
     shutil.copyfile(triton_model.__file__, text / "1" / "model.py")
     for name in COMPANIONS:
@@ -214,8 +222,7 @@ def _row(
     }
 
 
-def _lengths(service: Service, given: Sequence[int] | None) -> list[int]:
-    limit = service.max_length
+def _lengths(limit: int | None, given: Sequence[int] | None) -> list[int]:
     if given is None:
         return sorted({min(length, limit or length) for length in WARMUP})
     for length in given:

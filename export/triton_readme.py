@@ -97,7 +97,7 @@ def readme(pairs: Sequence[tuple[Service, Source]], texts: Mapping[str, Sequence
     """
     service, source = pairs[0]
     field = texts.get(source.head["task"], ("row",))[0]
-    value = "A moving film." if field != "row" else _example(source)
+    value = _example(source, as_json=field == "row")
     body = {"inputs": [{"name": field, "datatype": "BYTES", "shape": [1, 1], "data": [value]}]}
     return README.substitute(
         models="\n".join(_models(*pair) for pair in pairs),
@@ -125,10 +125,11 @@ def _models(service: Service, source: Source) -> str:
     )
 
 
-def _example(source: Source) -> str:
-    """A row that the model reads, as JSON."""
+def _example(source: Source, *, as_json: bool) -> str:
+    """A row that the model reads."""
     sampled = sample(source, source.longest or 128, "It is good.")
-    return json.dumps({} if sampled is None else sampled[0])
+    row = "A text." if sampled is None else sampled[0]
+    return json.dumps(row) if as_json else str(row)
 
 
 def _engines(service: Service, source: Source) -> str:

@@ -227,7 +227,7 @@ def sample(source: Source, length: int, text: str = "") -> tuple[Any, dict[str, 
         The row and the feed; None where no row is known for the task.
     """
     predict = Predictor(source.folder, max_length=length, session=_Recorder(source.inputs))
-    for row in _rows(source.head, text or SENTENCE * length):
+    for row in _rows(source, text or SENTENCE * length):
         try:
             predict(row)
         except _Fed as fed:
@@ -237,13 +237,15 @@ def sample(source: Source, length: int, text: str = "") -> tuple[Any, dict[str, 
     return None
 
 
-def _rows(head: Mapping[str, Any], text: str) -> list[Any]:
+def _rows(source: Source, text: str) -> list[Any]:
     """A row of each task, of which a predictor takes that of its own."""
-    fields = {name for pattern in head["settings"].get("patterns", ()) for name in re.findall(r"{(\w+)}", pattern)}
+    patterns = source.head["settings"].get("patterns", ())
+    columns = {name for pattern in patterns for name in re.findall(r"{(\w+)}", pattern)} - {"mask"}
+    special = [token["content"] for token in _json(source.folder / "tokenizer.json")["added_tokens"]]
     return [
-        *([dict.fromkeys(sorted(fields - {"mask"}), text)] if fields else []),
+        *([dict.fromkeys(sorted(columns), text)] if columns else []),
         text,
+        *(f"{token} {text}" for token in special if "mask" in token.lower()),
         {"context": text, "choices": ["yes", "no"]},
         {"question": "Is it good?", "context": text},
-        {"text": f"{{mask}} {text}"},
     ]
