@@ -38,6 +38,17 @@ test-gpu: .venv
 test-server: .venv
 	$(BIN)/python -m pytest -m server
 
+test-triton: .venv .venv-triton/installed
+	$(BIN)/python -m pytest -m triton
+
+# A real tritonserver without a container (the wheel nvidia-pytriton has one, for Python 3.8 to 3.13), and its clients, in
+# an environment of its own: the server's Python backend wants numpy below 2. pip takes what the constraints name.
+.venv-triton/installed: constraints-triton.txt
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-triton.txt \
+		nvidia-pytriton "tritonclient[grpc,http]" onnxruntime tokenizers numpy
+	touch $@
+
 # The lowest versions that pyproject.toml admits, in an environment of their own (several GB: torch's CUDA build).
 # Old packages warn about one another, so warnings are no errors here.
 test-lowest:
@@ -79,4 +90,4 @@ bench: .venv rivals
 	$(BIN)/python benchmarks/anchors.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-rivals build dist *.egg-info
+	rm -rf $(VENV) .venv-lowest .venv-rivals .venv-triton build dist *.egg-info
