@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lightning_ft.export.extras import require
 from lightning_ft.export.predictor import Predictor
-from lightning_ft.export.serving.rows import TASKS, Limits, Refusal, describe, read_rows
+from lightning_ft.export.serving.rows import TASKS, Limits, RefusalError, describe, read_rows
 
 litserve = require("litserve", extra="serve")
 simple_loops = require("litserve.loops.simple_loops", extra="serve")
@@ -96,11 +96,11 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
             asked = read_rows(request if rows is None else {"rows": rows}, self.task, self.limits)
             single = asked.single if rows is None else bool(request["single"])
             return Encoded(self._encode(asked.rows), single)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             return Outcome(refusal.status, refusal.as_json())
         except Exception as error:  # noqa: BLE001  # whatever a tokenizer raises, it is this request's alone
             log.error("a request cannot be tokenised: %s", place_of(error))
-            return Outcome(422, Refusal(422, "rows", "texts that the tokenizer takes", "others").as_json())
+            return Outcome(422, RefusalError(422, "rows", "texts that the tokenizer takes", "others").as_json())
 
     def predict(self, x: list[Any]) -> list[Outcome]:
         """Answer the requests of a batch together; each alone where that fails."""
@@ -128,7 +128,7 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
             body = json.dumps(output.content, ensure_ascii=False, allow_nan=False).encode()
         except ValueError:
             log.error("the model gave NaN or infinity")
-            output = Outcome(500, Refusal(500, "model", "finite numbers", "NaN or infinity").as_json())
+            output = Outcome(500, RefusalError(500, "model", "finite numbers", "NaN or infinity").as_json())
             body = json.dumps(output.content).encode()
         took = f'run;dur={output.seconds * 1e3:.2f};desc="{output.requests} requests"'
         headers = {"Server-Timing": took} if output.requests else {}
@@ -139,7 +139,7 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
             return list(self.predictor.encode(rows))
         except (TypeError, ValueError) as error:
             got = describe(rows[0]) if len(rows) == 1 else f"{len(rows)} rows"
-            raise Refusal(422, "rows", f"rows of this task ({error})", got) from None
+            raise RefusalError(422, "rows", f"rows of this task ({error})", got) from None
 
     def _answer(self, requests: list[Encoded]) -> list[Outcome]:
         started = time.perf_counter()
@@ -157,7 +157,7 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
             return self._answer([request])[0]
         except Exception as error:  # noqa: BLE001  # the worker lives on
             log.error("a request cannot be answered: %s", place_of(error))
-            return Outcome(500, Refusal(500, "model", "to run", "an error, which the log names").as_json())
+            return Outcome(500, RefusalError(500, "model", "to run", "an error, which the log names").as_json())
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         if self.stopping.is_set():
@@ -194,7 +194,7 @@ class JointRuns(simple_loops.BatchedLoop):  # type: ignore[name-defined]
     @staticmethod
     def _next(queue: Any, patience: float | None) -> Any:
         """The next request; None where none came in time. Without ``patience``, as long as the server lives."""
-        parent = os.getppid()
+        parent = multiprocessing.parent_process()
         while True:
             try:
                 if patience is not None and patience <= 0:
@@ -205,8 +205,8 @@ class JointRuns(simple_loops.BatchedLoop):  # type: ignore[name-defined]
                     return None
             except (EOFError, OSError):
                 sys.exit(0)  # the server is gone, and the queue with it
-            if parent == 1 or os.getppid() != parent:
-                sys.exit(0)
+            if parent is not None and os.getppid() != parent.pid:
+                sys.exit(0)  # it was killed
 
 
 def place_of(error: BaseException) -> str:

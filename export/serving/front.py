@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from lightning_ft.export.serving.page import PAGE_HEADERS, docs_page, openapi
-from lightning_ft.export.serving.rows import Limits, Refusal, read_body
+from lightning_ft.export.serving.rows import Limits, RefusalError, read_body
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Front:
             return
         try:
             await self._route(scope, receive, send)
-        except Refusal as refusal:
+        except RefusalError as refusal:
             log.warning("%d %s", refusal.status, refusal.field)
             await respond(send, refusal.status, _dump(refusal.as_json()), _extra_headers(refusal))
 
@@ -72,9 +72,9 @@ class Front:
         path, method = scope["path"], scope["method"]
         allowed = "POST" if path == "/predict" else "GET, HEAD"
         if path not in (*self._pages, "/health", "/predict"):
-            raise Refusal(404, "path", f"one of {', '.join(self._pages)}, /health, /predict", "another")
+            raise RefusalError(404, "path", f"one of {', '.join(self._pages)}, /health, /predict", "another")
         if method not in allowed.split(", "):
-            raise Refusal(405, "method", allowed, "another")
+            raise RefusalError(405, "method", allowed, "another")
         if path in self._pages:
             body, headers = self._pages[path]
             await respond(send, 200, body if method == "GET" else b"", headers)
@@ -85,7 +85,9 @@ class Front:
 
     async def _predict(self, scope: Message, receive: Receive, send: Send) -> None:
         if self.active >= self.max_queue:
-            raise Refusal(503, "queue", f"fewer than {self.max_queue} requests at a time; try again", f"{self.active}")
+            raise RefusalError(
+                503, "queue", f"fewer than {self.max_queue} requests at a time; try again", f"{self.active}"
+            )
         self.active += 1
         try:
             body = await self._read(_headers(scope), receive)
@@ -102,9 +104,9 @@ class Front:
         length = headers.get("content-length", "0")
         refusal = None
         if kind != "application/json" or coding != "identity":
-            refusal = Refusal(415, "content-type", "application/json, not compressed", "something else")
+            refusal = RefusalError(415, "content-type", "application/json, not compressed", "something else")
         elif length.isdigit() and int(length) > self.limits.body:
-            refusal = Refusal(413, "body", f"{self.limits.body} bytes at most", length)
+            refusal = RefusalError(413, "body", f"{self.limits.body} bytes at most", length)
         try:
             if refusal is None:
                 return await asyncio.wait_for(self._collect(receive), self.read_timeout)
@@ -112,7 +114,7 @@ class Front:
                 await asyncio.wait_for(_drain(receive), self.read_timeout)
             raise refusal
         except asyncio.TimeoutError:
-            raise Refusal(408, "body", f"all of it within {self.read_timeout:g} seconds", "less") from None
+            raise RefusalError(408, "body", f"all of it within {self.read_timeout:g} seconds", "less") from None
 
     async def _collect(self, receive: Receive) -> bytes | None:
         body = bytearray()
@@ -125,7 +127,7 @@ class Front:
                 body.clear()
                 if message.get("more_body", False):
                     await _drain(receive)
-                raise Refusal(413, "body", f"{self.limits.body} bytes at most", "more")
+                raise RefusalError(413, "body", f"{self.limits.body} bytes at most", "more")
             if not message.get("more_body", False):
                 return bytes(body)
 
@@ -156,7 +158,7 @@ class Front:
             start["status"] = 504
         # LitServe says 504 where a request waited too long, and 500 where its worker was lost; ours say "error".
         if start["status"] >= 500 and b'"error"' not in b"".join(parts):
-            raise Refusal(503, "queue", "an answer in time; try again", "none")
+            raise RefusalError(503, "queue", "an answer in time; try again", "none")
         await send(start)
         await send({"type": "http.response.body", "body": b"".join(parts)})
 
@@ -169,7 +171,7 @@ async def respond(send: Send, status: int, body: bytes, headers: Mapping[str, st
     await send({"type": "http.response.body", "body": body})
 
 
-def _extra_headers(refusal: Refusal) -> dict[str, str]:
+def _extra_headers(refusal: RefusalError) -> dict[str, str]:
     headers = {"content-type": "application/json"}
     if refusal.status == 503:
         headers["retry-after"] = "1"

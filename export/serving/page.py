@@ -13,14 +13,18 @@ from lightning_ft.export.serving.rows import TASKS
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1d2129; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.1rem; margin-top: 2rem; }
 label { display: block; margin: .8rem 0 .2rem; font-weight: 600; }
-textarea { width: 100%; box-sizing: border-box; font: inherit; padding: .5rem; border: 1px solid #8a92a0; border-radius: 4px; }
-button { font: inherit; margin: .8rem 0; padding: .4rem 1.2rem; border: 0; border-radius: 4px; background: #1f5fbf; color: #fff; }
-pre { background: #f2f4f7; padding: .8rem; overflow: auto; border-radius: 4px; white-space: pre-wrap; word-break: break-word; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
+textarea, button { font: inherit; border: 1px solid #8a92a0; border-radius: 4px; }
+textarea { width: 100%; box-sizing: border-box; padding: .5rem; }
+button { margin: .8rem 0; padding: .4rem 1.2rem; background: #1f5fbf; color: #fff; }
+pre { background: #f2f4f7; padding: .8rem; border-radius: 4px; white-space: pre-wrap; word-break: break-word; }
+td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 @media (prefers-color-scheme: dark) {
-  body { background: #16181d; color: #e6e8ec; } pre, textarea { background: #23262d; color: inherit; }
+  body { background: #16181d; color: #e6e8ec; }
+  pre, textarea { background: #23262d; color: inherit; }
+  a { color: #8ab4f8; }
 }
 """
 
@@ -104,7 +108,9 @@ in the same order. What cannot be answered comes back as
 def _boxes(task: str) -> str:
     known = TASKS.get(task)
     if known is None:
-        return '<label for="row">Row, as JSON</label><textarea id="row" rows="4" data-kind="json">{"text": "…"}</textarea>'
+        return (
+            '<label for="row">Row, as JSON</label><textarea id="row" rows="4" data-kind="json">{"text": "…"}</textarea>'
+        )
     boxes = []
     for name in (*known.texts, *known.lists):
         value, kind = known.example.get(name, ""), "list" if name in known.lists else "text"
@@ -113,8 +119,8 @@ def _boxes(task: str) -> str:
         shown = "\n".join(value) if isinstance(value, list) else str(value)
         note = " (one on each line)" if kind == "list" else "" if value else " (optional)"
         boxes.append(
-            f'<label for="{name}">{name}{note}</label>'
-            f'<textarea id="{name}" name="{name}" rows="{3 if value else 1}" data-kind="{kind}">{escape(shown)}</textarea>'
+            f'<label for="{name}">{name}{note}</label><textarea id="{name}" name="{name}" data-kind="{kind}" '
+            f'rows="{3 if value else 1}">{escape(shown)}</textarea>'
         )
     return "".join(boxes)
 
@@ -135,7 +141,7 @@ def openapi(info: Mapping[str, Any]) -> dict[str, Any]:
         "413": f"The body is larger than {limits['body']} bytes.",
         "415": "The body is not application/json, or is compressed.",
         "422": "Not UTF-8, not JSON, or not a row of this task; too long, too many, empty.",
-        "503": f"{info['max_queue']} requests are in work, or no answer came in time: try again after Retry-After seconds.",
+        "503": f"{info['max_queue']} requests are in work, or none was answered in time: wait Retry-After seconds.",
     }
     refusal = _json("#/components/schemas/Refusal")
     predict = {
@@ -171,9 +177,8 @@ def _row(task: str, limits: Mapping[str, Any]) -> dict[str, Any]:
     texts = {"type": "array", "minItems": 1, "items": text}
     if known is None:
         return {"type": "object", "additionalProperties": {"oneOf": [text, texts]}}
-    fields = {name: text for name in known.texts} | {name: texts for name in known.lists}
-    forms: list[dict[str, Any]] = [{**_object(fields, known.needed), "examples": [dict(known.example)]}]
-    return forms[0]
+    fields = dict.fromkeys(known.texts, text) | dict.fromkeys(known.lists, texts)
+    return {**_object(fields, known.needed), "examples": [dict(known.example)]}
 
 
 def _answer(task: str) -> dict[str, Any]:

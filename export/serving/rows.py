@@ -29,7 +29,10 @@ TASKS = {
     "text-classification": Task(("text", "text_pair"), (), ("text",), {"text": _SHORT}),
     "feature-extraction": Task(("text", "text_pair"), (), ("text",), {"text": _SHORT}),
     "multiple-choice": Task(
-        ("context",), ("choices",), ("context", "choices"), {"context": "The glass fell", "choices": ["and broke.", "up."]}
+        ("context",),
+        ("choices",),
+        ("context", "choices"),
+        {"context": "The glass fell", "choices": ["and broke.", "up."]},
     ),
     "token-classification": Task(("text",), ("tokens",), (), {"text": "Marie Curie was born in Warsaw."}),
     "question-answering": Task(
@@ -66,7 +69,7 @@ class Limits:
                 raise ValueError(f"limits: {name}={value!r} must be a whole number, 1 or more")
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """Why a request is not answered.
 
     Args:
@@ -109,17 +112,17 @@ def read_body(body: bytes, task: str, limits: Limits) -> Rows:
         limits: What a request may hold.
 
     Raises:
-        Refusal: The body is too large (413) or not understood (422).
+        RefusalError: The body is too large (413) or not understood (422).
 
     Example:
         >>> read_body(b'{"text": "Fine."}', "text-classification", Limits())
         Rows(rows=[{'text': 'Fine.'}], single=True)
         >>> read_body(b'{"text": 3}', "text-classification", Limits())
         Traceback (most recent call last):
-        lightning_ft.export.serving.rows.Refusal: text: expected a text, got a number
+        lightning_ft.export.serving.rows.RefusalError: text: expected a text, got a number
     """
     if len(body) > limits.body:
-        raise Refusal(413, "body", f"{limits.body} bytes at most", f"{len(body)}")
+        raise RefusalError(413, "body", f"{limits.body} bytes at most", f"{len(body)}")
     return read_rows(_parse(body), task, limits)
 
 
@@ -132,19 +135,21 @@ def read_rows(given: Any, task: str, limits: Limits) -> Rows:
         limits: What a request may hold.
 
     Raises:
-        Refusal: Something is not as it should be (422).
+        RefusalError: Something is not as it should be (422).
     """
     if not isinstance(given, Mapping):
-        raise Refusal(422, "body", f'an object: a row such as {_example(task)}, or {{"rows": […]}}', describe(given))
+        raise RefusalError(
+            422, "body", f'an object: a row such as {_example(task)}, or {{"rows": […]}}', describe(given)
+        )
     if "rows" not in given:
         _check_row(given, "", task, limits)
         _check_number("body", [given], limits)
         return Rows([given], single=True)
     if len(given) > 1:
-        raise Refusal(422, "body", "rows and no other field beside it", f"{len(given)} fields")
+        raise RefusalError(422, "body", "rows and no other field beside it", f"{len(given)} fields")
     rows = given["rows"]
     if not isinstance(rows, list) or not rows:
-        raise Refusal(422, "rows", "a list of rows", describe(rows))
+        raise RefusalError(422, "rows", "a list of rows", describe(rows))
     _check_number("rows", rows, limits)
     for number, row in enumerate(rows):
         _check_row(row, f"rows[{number}]", task, limits)
@@ -169,20 +174,20 @@ def describe(value: Any) -> str:
 
 def _parse(body: bytes) -> Any:
     def refuse(name: str) -> None:
-        raise Refusal(422, "body", "JSON, which has no such number", name)
+        raise RefusalError(422, "body", "JSON, which has no such number", name)
 
     if not body.strip():
-        raise Refusal(422, "body", "JSON", "nothing")
+        raise RefusalError(422, "body", "JSON", "nothing")
     try:
         return json.loads(body.decode("utf-8"), parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise Refusal(422, "body", "UTF-8", f"byte 0x{body[error.start]:02x} at {error.start}") from None
+        raise RefusalError(422, "body", "UTF-8", f"byte 0x{body[error.start]:02x} at {error.start}") from None
     except RecursionError:
-        raise Refusal(422, "body", "JSON that is not nested so deeply", "hundreds of levels") from None
+        raise RefusalError(422, "body", "JSON that is not nested so deeply", "hundreds of levels") from None
     except json.JSONDecodeError as error:
-        raise Refusal(422, "body", "JSON", f"{error.msg.lower()} at character {error.pos}") from None
+        raise RefusalError(422, "body", "JSON", f"{error.msg.lower()} at character {error.pos}") from None
     except ValueError:  # an integer of thousands of digits
-        raise Refusal(422, "body", "numbers of a sane size", "thousands of digits") from None
+        raise RefusalError(422, "body", "numbers of a sane size", "thousands of digits") from None
 
 
 def _check_number(field: str, rows: list[Any], limits: Limits) -> None:
@@ -191,7 +196,7 @@ def _check_number(field: str, rows: list[Any], limits: Limits) -> None:
         choices = row.get("choices") if isinstance(row, Mapping) else None
         number += max(1, len(choices)) if isinstance(choices, list) else 1
     if number > limits.rows:
-        raise Refusal(422, field, f"{limits.rows} rows at most, every choice counted", f"{number}")
+        raise RefusalError(422, field, f"{limits.rows} rows at most, every choice counted", f"{number}")
 
 
 def _check_row(row: Any, field: str, task: str, limits: Limits) -> None:
@@ -204,11 +209,11 @@ def _check_row(row: Any, field: str, task: str, limits: Limits) -> None:
     elif isinstance(row, Mapping) and row:
         texts = _named_texts(row, field, task, known)
     else:
-        raise Refusal(422, field or "body", f"a row such as {_example(task)}", describe(row))
+        raise RefusalError(422, field or "body", f"a row such as {_example(task)}", describe(row))
     for name, text in texts:
         _check_text(name, text)
     if (size := sum(len(text) for _, text in texts)) > limits.characters:
-        raise Refusal(422, field or "body", f"texts of {limits.characters} characters at most", f"{size}")
+        raise RefusalError(422, field or "body", f"texts of {limits.characters} characters at most", f"{size}")
 
 
 def _named_texts(row: Mapping[str, Any], field: str, task: str, known: Task | None) -> list[tuple[str, Any]]:
@@ -216,11 +221,11 @@ def _named_texts(row: Mapping[str, Any], field: str, task: str, known: Task | No
     if known is not None:
         for name in known.needed:
             if name not in row:
-                raise Refusal(422, f"{dot}{name}", f"a row such as {_example(task)}", "no such field")
+                raise RefusalError(422, f"{dot}{name}", f"a row such as {_example(task)}", "no such field")
         allowed = (*known.texts, *known.lists)
         if unknown := [name for name in row if name not in allowed]:
             # The sender's own word is not repeated: `field` is logged.
-            raise Refusal(422, field or "body", f"no fields but {', '.join(allowed)}", f"{len(unknown)} others")
+            raise RefusalError(422, field or "body", f"no fields but {', '.join(allowed)}", f"{len(unknown)} others")
     texts: list[tuple[str, Any]] = []
     for number, (name, value) in enumerate(row.items()):
         where = f"{dot}{name}" if known is not None else f"{field}[field {number}]"
@@ -228,7 +233,7 @@ def _named_texts(row: Mapping[str, Any], field: str, task: str, known: Task | No
         if isinstance(wanted, list) and isinstance(value, list) and value:
             texts += [(f"{where}[{i}]", part) for i, part in enumerate(value)]
         elif isinstance(wanted, list):
-            raise Refusal(422, where, "a list of texts", describe(value))
+            raise RefusalError(422, where, "a list of texts", describe(value))
         elif not (value is None and known is not None and name not in known.needed and len(row) > 1):
             texts.append((where, value))
     return texts
@@ -236,11 +241,11 @@ def _named_texts(row: Mapping[str, Any], field: str, task: str, known: Task | No
 
 def _check_text(field: str, text: Any) -> None:
     if not isinstance(text, str) or not text.strip():
-        raise Refusal(422, field, "a text", describe(text))
+        raise RefusalError(422, field, "a text", describe(text))
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Refusal(422, field, "Unicode text", f"half a surrogate pair at character {error.start}") from None
+        raise RefusalError(422, field, "Unicode text", f"half a surrogate pair at character {error.start}") from None
 
 
 def _example(task: str) -> str:

@@ -45,9 +45,9 @@ def create_server(
 ) -> Any:
     """A LitServe server of an exported folder; :func:`serve` runs it.
 
-    Endpoints: ``POST /predict`` (a row, or ``{"rows": […]}``; the answers of ``lightning-ft predict``), ``GET /health``,
-    ``GET /info``, ``GET /`` (a page with a form), ``GET /openapi.json``. What cannot be answered is refused before it
-    reaches the model: 408, 413, 415, 422, or 503 with ``Retry-After``.
+    Endpoints: ``POST /predict`` (a row, or ``{"rows": […]}``; the answers are those of ``lightning-ft predict``),
+    ``GET /health``, ``GET /info``, ``GET /`` (a page with a form), ``GET /openapi.json``. What cannot be answered is
+    refused before it reaches the model: 408, 413, 415, 422, or 503 with ``Retry-After``.
 
     Where the variable ``LIT_SERVER_API_KEY`` is set, LitServe asks for it in the header ``X-API-Key``.
 
@@ -187,7 +187,7 @@ def _stop_signals() -> Iterator[list[bool]]:
 
     def stop(number: int, frame: Any) -> None:
         if os.getpid() == main and not started:
-            raise SystemExit(128 + number)
+            raise SystemExit(0)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
