@@ -76,11 +76,7 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
 
     def setup(self, device: str) -> None:
         """Load the model and run it once; what goes wrong is told to the main process."""
-        log_one_line_each()
-        # A stop sent to the whole process group must not end a worker while requests are in flight: the main process
-        # says when. Then the second signal, from `Process.terminate`, does.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._terminated)
+        self._settle()
         try:
             self.predictor = Predictor(self.folder, **self.options)
             if self.task in TASKS:
@@ -158,6 +154,16 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
         except Exception as error:  # noqa: BLE001  # the worker lives on
             log.error("a request cannot be answered: %s", place_of(error))
             return Outcome(500, RefusalError(500, "model", "to run", "an error, which the log names").as_json())
+
+    def _settle(self) -> None:
+        """Settings of the worker's process.
+
+        A stop that was sent to the whole process group must not end a worker while requests are in flight: the main
+        process says when, and its own signal ends it.
+        """
+        log_one_line_each()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._terminated)
 
     def _terminated(self, number: int, frame: FrameType | None) -> None:
         if self.stopping.is_set():

@@ -45,11 +45,7 @@ class EndpointHandler:
         if not isinstance(data, Mapping) or "inputs" not in data:
             raise ValueError('expected {"inputs": …}, with "parameters" beside it or not')
         inputs, parameters = data["inputs"], data.get("parameters") or {}
-        if not isinstance(parameters, Mapping) or (unknown := set(parameters) - self._parameters()):
-            names = ", ".join(sorted(self._parameters())) or "none for this task"
-            raise ValueError(
-                f"parameters: expected {names}, got {len(unknown) if isinstance(parameters, Mapping) else 0} others"
-            )
+        self._check(parameters)
         many = isinstance(inputs, list)
         try:
             rows = read_rows({"rows": inputs if many else [inputs]}, self.predict.task, LIMITS).rows
@@ -62,16 +58,19 @@ class EndpointHandler:
             answers = [answer["embedding"] for answer in answers]
         return answers if many else answers[0]
 
-    def _parameters(self) -> set[str]:
-        return {"top_k"} if self.predict.task == "text-classification" else set()
-
-    def _classes(self, answers: list[dict[str, Any]], parameters: Mapping[str, Any], inputs: Any) -> Any:
+    def _check(self, parameters: Any) -> None:
+        known = {"top_k"} if self.predict.task == "text-classification" else set()
+        if not isinstance(parameters, Mapping) or set(parameters) - known:
+            got = f"{len(set(parameters) - known)} others" if isinstance(parameters, Mapping) else "no object"
+            raise ValueError(f"parameters: expected {', '.join(known) or 'none for this task'}, got {got}")
         top = parameters.get("top_k")
         if top is not None and (not isinstance(top, int) or isinstance(top, bool) or top < 1):
             raise ValueError("parameters: top_k must be a whole number, 1 or more, or null for all labels")
+
+    def _classes(self, answers: list[dict[str, Any]], parameters: Mapping[str, Any], inputs: Any) -> Any:
         ranked = [self._ranked(answer) for answer in answers]
         if "top_k" in parameters:
-            found: list[Any] = [labels[:top] for labels in ranked]
+            found: list[Any] = [labels[: parameters["top_k"]] for labels in ranked]
             return found if isinstance(inputs, list) else found[0]
         found = [labels[0] for labels in ranked]
         return found[0] if isinstance(inputs, Mapping) else found

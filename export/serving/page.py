@@ -29,7 +29,8 @@ td, th { text-align: left; padding: .2rem 1rem .2rem 0; vertical-align: top; }
 """
 
 SCRIPT = """
-const form = document.getElementById("try"), out = document.getElementById("out");
+const [form, out, shell] = ["try", "out", "shell"].map(name => document.getElementById(name));
+shell.textContent = shell.textContent.replace("http://HOST:PORT/", new URL(".", location.href).href);
 form.addEventListener("submit", async event => {
   event.preventDefault();
   const row = {};
@@ -79,7 +80,7 @@ def docs_page(info: Mapping[str, Any]) -> str:
     labels = ", ".join(escape(str(label)) for label in info["labels"]) or "none"
     facts = {
         "Labels": labels,
-        "Tokens of a row": escape(str(info["max_length"] or "no limit")) + "; what is longer is cut",
+        "Tokens that the model takes": escape(str(info["max_length"] or "no limit")),
         "Body": f"{limits['body']:,} bytes, else 413",
         "Rows in a request": f"{limits['rows']:,} (every choice counts), else 422",
         "Characters of a row": f"{limits['characters']:,}, else 422",
@@ -94,7 +95,7 @@ def docs_page(info: Mapping[str, Any]) -> str:
 <form id="try">{_boxes(task)}<button>Predict</button></form>
 <pre id="out" aria-live="polite">The answer comes here.</pre>
 <h2>From a shell</h2>
-<pre>curl -s http://HOST:PORT/predict -H 'Content-Type: application/json' -d '{quoted}'</pre>
+<pre id="shell">curl -s http://HOST:PORT/predict -H 'Content-Type: application/json' -d '{quoted}'</pre>
 <p>Several rows at once: <code>{{"rows": [{escape(example)}, …]}}</code>; the answer is <code>{{"rows": […]}}</code>,
 in the same order. What cannot be answered comes back as
 <code>{{"error": …, "field": …, "expected": …, "got": …}}</code>.</p>
