@@ -133,6 +133,7 @@ def serve(server: Any, *, host: str = "127.0.0.1", port: int = 8000) -> None:
                 config = uvicorn.Config(
                     server.app, http="h11", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=30
                 )
+                listener.listen(2048)
                 log.info("serving %s on http://%s:%d", api.folder, host, listener.getsockname()[1])
                 started.append(True)
                 asyncio.run(_run(uvicorn.Server(config), server, api, listener))
