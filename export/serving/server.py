@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,9 @@ litserve = require("litserve", extra="serve")
 utils = require("litserve.utils", extra="serve")
 
 log = logging.getLogger(__name__)
+
+LOST_AFTER = 6
+"""Half seconds for which a request must be nowhere to be seen."""
 
 
 def create_server(
@@ -154,17 +157,25 @@ async def _run(uvicorn_server: Any, server: Any, api: PredictAPI, listener: sock
 
 async def _watch(server: Any, api: PredictAPI) -> None:
     """Replace workers that died, and fail the requests they held."""
+    queue, missing = server.litapi_request_queues[api.api_path], dict[str, int]()
     while True:
         await asyncio.sleep(0.5)
         for number, worker in enumerate(server.inference_workers):
-            if worker.is_alive():
-                continue
-            log.error("worker %d ended with exit code %s: another is started", number, worker.exitcode)
-            for waiting in list(server.response_buffer.values()):
-                if waiting.worker_id == number and not waiting.event.is_set():
-                    waiting.response = (None, utils.LitAPIStatus.ERROR)
-                    waiting.event.set()
-            server.inference_workers[number] = server.launch_single_inference_worker(api, number)
+            if not worker.is_alive():
+                log.error("worker %d ended with exit code %s: another is started", number, worker.exitcode)
+                _fail(waiting for waiting in server.response_buffer.values() if waiting.worker_id == number)
+                server.inference_workers[number] = server.launch_single_inference_worker(api, number)
+        # One that is neither queued nor with a worker was handed to a worker as that died.
+        loose = {uid for uid, waiting in server.response_buffer.items() if waiting.worker_id is None}
+        missing = {uid: missing.get(uid, 0) + 1 for uid in loose} if loose and queue.empty() else {}
+        _fail(server.response_buffer[uid] for uid, times in missing.items() if times > LOST_AFTER)
+
+
+def _fail(requests: Iterable[Any]) -> None:
+    for waiting in list(requests):
+        if not waiting.event.is_set():
+            waiting.response = (None, utils.LitAPIStatus.ERROR)
+            waiting.event.set()
 
 
 def _await_workers(server: Any, api: PredictAPI) -> None:

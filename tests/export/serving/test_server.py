@@ -325,6 +325,13 @@ def test_a_full_queue(run: Callable[..., Any]) -> None:
         assert server.ask({"text": "a film"})[0] == 200
 
 
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 @pytest.mark.parametrize("group", [False, True], ids=["process", "group"])
 def test_a_stop_loses_no_request(group: bool, run: Callable[..., Any]) -> None:
     """A signal to the process, as Docker sends it, or to all of its group, as a terminal or systemd does."""
@@ -348,7 +355,10 @@ def test_a_stop_loses_no_request(group: bool, run: Callable[..., Any]) -> None:
                 assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
         assert stopped.result() == 0
         assert "stopped: no request is in flight" in server.log.read_text()
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        end = time.monotonic() + 10
+        while any(alive(pid) for pid in children):
+            assert time.monotonic() < end
+            time.sleep(0.05)
 
 
 def test_a_dead_worker_is_replaced(run: Callable[..., Any]) -> None:
