@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from lightning_ft.export.extras import require
 from lightning_ft.export.predictor import Predictor
-from lightning_ft.export.serving.rows import TASKS, Limits, RefusalError, describe, read_rows
+from lightning_ft.export.serving.rows import Limits, RefusalError, Task, describe, read_rows
 
 litserve = require("litserve", extra="serve")
 simple_loops = require("litserve.loops.simple_loops", extra="serve")
@@ -59,14 +59,14 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
 
     Args:
         folder: What ``lightning-ft export`` wrote.
-        task: Of the model.
+        task: What a row holds.
         options: Arguments of ``Predictor`` by name.
         batch_timeout: Seconds that the first request of a batch waits for others.
         limits: What a request may hold.
     """
 
     def __init__(
-        self, folder: str, *, task: str, options: dict[str, Any], batch_timeout: float, limits: Limits
+        self, folder: str, *, task: Task, options: dict[str, Any], batch_timeout: float, limits: Limits
     ) -> None:
         super().__init__(max_batch_size=options["batch_size"], batch_timeout=batch_timeout, loop=JointRuns())
         self.folder, self.task, self.options, self.limits = folder, task, options, limits
@@ -79,8 +79,7 @@ class PredictAPI(litserve.LitAPI):  # type: ignore[name-defined]
         self._settle()
         try:
             self.predictor = Predictor(self.folder, **self.options)
-            if self.task in TASKS:
-                self.predictor.answer(self.predictor.encode([TASKS[self.task].example]))
+            self.predictor.answer(self.predictor.encode([dict(self.task.example)]))
         except Exception as error:
             self.failures.put(f"{type(error).__name__}: {error}")
             raise

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from lightning_ft.export.serving.page import PAGE_HEADERS, docs_page, openapi
-from lightning_ft.export.serving.rows import Limits, RefusalError, read_body
+from lightning_ft.export.serving.rows import Limits, RefusalError, Task, read_body
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ class Front:
 
     Args:
         app: The ASGI application with ``POST /predict`` and ``GET /health``.
-        info: What ``GET /info`` shows; of its values, ``task`` decides what a row is.
+        info: What ``GET /info`` shows.
+        task: What a row holds.
         limits: What a request may hold.
         max_queue: Requests that are read, waiting or run at one time. One more gets a 503.
         read_timeout: Seconds within which a body must have come.
@@ -42,19 +43,20 @@ class Front:
         app: Application,
         *,
         info: Mapping[str, Any],
+        task: Task,
         limits: Limits,
         max_queue: int,
         read_timeout: float = 10.0,
         answer_timeout: float = 60.0,
     ) -> None:
-        self.app, self.limits, self.task = app, limits, str(info["task"])
+        self.app, self.limits, self.task = app, limits, task
         self.max_queue, self.read_timeout, self.answer_timeout = max_queue, read_timeout, answer_timeout
         self.active = 0
         as_json = {"content-type": "application/json"}
         self._pages = {
-            "/": (docs_page(info).encode(), PAGE_HEADERS),
+            "/": (docs_page(info, task).encode(), PAGE_HEADERS),
             "/info": (_dump(info), as_json),
-            "/openapi.json": (_dump(openapi(info)), as_json),
+            "/openapi.json": (_dump(openapi(info, task)), as_json),
         }
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.export.predictor import Predictor
-from lightning_ft.export.serving.rows import Limits, RefusalError, read_rows
+from lightning_ft.export.serving.rows import Limits, RefusalError, read_rows, task_of
 
 LIMITS = Limits()
 
@@ -25,7 +25,8 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "") -> None:
-        self.predict = Predictor(Path(path) if path else Path(__file__).parent)
+        folder = Path(path) if path else Path(__file__).parent
+        self.predict, self.task = Predictor(folder), task_of(folder)
 
     def __call__(self, data: Any) -> Any:
         """Answer a request.
@@ -36,8 +37,10 @@ class EndpointHandler:
 
         Returns:
             For text classification ``{"label", "score"}``: in a list for a single text, a list of them for a list; a
-            list of labels for each text where ``top_k`` is given. For feature extraction the embeddings. For other
-            tasks what ``lightning-ft predict`` writes, one mapping for a row and a list for a list.
+            list of labels for each text where ``top_k`` is given. For token classification a list of ``{"entity_group",
+            "score", "word", "start", "end"}`` for each text, for question answering ``{"score", "start", "end",
+            "answer"}``, for feature extraction the embedding of the text (a pipeline has those of its tokens). For
+            other tasks what ``lightning-ft predict`` writes. One for a row, a list for a list.
 
         Raises:
             ValueError: Something in the request is not as it should be.
@@ -48,18 +51,29 @@ class EndpointHandler:
         self._check(parameters)
         many = isinstance(inputs, list)
         try:
-            rows = read_rows({"rows": inputs if many else [inputs]}, self.predict.task, LIMITS).rows
+            rows = read_rows({"rows": inputs if many else [inputs]}, self.task, LIMITS).rows
         except RefusalError as refusal:
             raise ValueError(str(refusal).replace("rows", "inputs", 1)) from None
         answers = self.predict.answer(self.predict.encode(rows))
-        if self.predict.task == "text-classification":
+        if self.task.name == "text-classification":
             return self._classes(answers, parameters, inputs)
-        if self.predict.task == "feature-extraction":
-            answers = [answer["embedding"] for answer in answers]
+        answers = [self._as_pipeline(answer) for answer in answers]
         return answers if many else answers[0]
 
+    def _as_pipeline(self, answer: dict[str, Any]) -> Any:
+        if self.task.name == "feature-extraction":
+            return answer["embedding"]
+        if self.task.name == "question-answering":
+            return {name: answer.get(name) for name in ("score", "start", "end", "answer")}
+        if self.task.name != "token-classification":
+            return answer
+        group = "entity_group" if "entities" in answer else "entity"  # without a scheme, words that have a tag
+        found = answer.get("entities", [word for word in answer.get("words", ()) if word["label"] != "O"])
+        renamed = {"label": group, "score": "score", "text": "word", "start": "start", "end": "end"}
+        return [{new: span[old] for old, new in renamed.items()} for span in found]
+
     def _check(self, parameters: Any) -> None:
-        known = {"top_k"} if self.predict.task == "text-classification" else set()
+        known = {"top_k"} if self.task.name == "text-classification" else set()
         if not isinstance(parameters, Mapping) or set(parameters) - known:
             got = f"{len(set(parameters) - known)} others" if isinstance(parameters, Mapping) else "no object"
             raise ValueError(f"parameters: expected {', '.join(known) or 'none for this task'}, got {got}")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_ft.export.predictor import Predictor
-from lightning_ft.export.serving.rows import Limits, RefusalError, describe, read_body
+from lightning_ft.export.serving.rows import Limits, RefusalError, describe, read_body, task_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def _answer(event: Any) -> Any:
         raise RefusalError(405, "method", "GET or POST", "another")
     if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise RefusalError(415, "content-type", "application/json", "something else")
-    asked = read_body(_body(event), predict.task, LIMITS)
+    asked = read_body(_body(event), task_of(FOLDER), LIMITS)
     try:
         items = predict.encode(asked.rows)
     except (TypeError, ValueError) as error:

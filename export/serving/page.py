@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from lightning_ft.export.serving.rows import TASKS
+from lightning_ft.export.serving.rows import Task
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1d2129; }
@@ -68,14 +68,15 @@ PAGE_HEADERS = {
 """A browser that obeys them runs the page's own script and no other, and asks this server alone."""
 
 
-def docs_page(info: Mapping[str, Any]) -> str:
+def docs_page(info: Mapping[str, Any], task: Task) -> str:
     """The page at ``/``: what the model does, a form to try it, a call from a shell, the limits.
 
     Args:
         info: What ``/info`` shows.
+        task: What a row holds.
     """
-    task, limits = str(info["task"]), info["limits"]
-    example = json.dumps(dict(TASKS[task].example) if task in TASKS else {"text": "…"}, ensure_ascii=False)
+    limits = info["limits"]
+    example = json.dumps(dict(task.example), ensure_ascii=False)
     quoted = escape(example.replace("'", "'\\''"))
     labels = ", ".join(escape(str(label)) for label in info["labels"]) or "none"
     facts = {
@@ -88,10 +89,10 @@ def docs_page(info: Mapping[str, Any]) -> str:
     }
     table = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in facts.items())
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(task)}</title>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(task.name)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>{STYLE}</style></head><body>
-<h1>{escape(task)}</h1>
+<h1>{escape(task.name)}</h1>
 <form id="try">{_boxes(task)}<button>Predict</button></form>
 <pre id="out" aria-live="polite">The answer comes here.</pre>
 <h2>From a shell</h2>
@@ -106,33 +107,33 @@ in the same order. What cannot be answered comes back as
 """
 
 
-def _boxes(task: str) -> str:
-    known = TASKS.get(task)
-    if known is None:
-        return (
-            '<label for="row">Row, as JSON</label><textarea id="row" rows="4" data-kind="json">{"text": "…"}</textarea>'
-        )
+def _boxes(task: Task) -> str:
+    if not task.fields:
+        box = '<textarea id="row" rows="4" data-kind="json">'
+        return f'<label for="row">Row, as JSON</label>{box}{escape(json.dumps(dict(task.example)))}</textarea>'
     boxes = []
-    for name in (*known.texts, *known.lists):
-        value, kind = known.example.get(name, ""), "list" if name in known.lists else "text"
-        if kind == "list" and not value and known.needed == ():
-            continue  # one of several ways to write a row: the form shows the first
+    for name in task.fields:
+        value, kind = task.example.get(name, ""), "list" if name in task.lists else "text"
+        if kind == "list" and not value:
+            continue  # another way to write a row: the form shows the first
         shown = "\n".join(value) if isinstance(value, list) else str(value)
         note = " (one on each line)" if kind == "list" else "" if value else " (optional)"
+        key = escape(name)
         boxes.append(
-            f'<label for="{name}">{name}{note}</label><textarea id="{name}" name="{name}" data-kind="{kind}" '
+            f'<label for="{key}">{key}{note}</label><textarea id="{key}" name="{key}" data-kind="{kind}" '
             f'rows="{3 if value else 1}">{escape(shown)}</textarea>'
         )
     return "".join(boxes)
 
 
-def openapi(info: Mapping[str, Any]) -> dict[str, Any]:
+def openapi(info: Mapping[str, Any], task: Task) -> dict[str, Any]:
     """The description at ``/openapi.json``, OpenAPI 3.1.
 
     Args:
         info: What ``/info`` shows.
+        task: What a row holds.
     """
-    task, limits = str(info["task"]), info["limits"]
+    limits = info["limits"]
     row, answer = {"$ref": "#/components/schemas/Row"}, {"$ref": "#/components/schemas/Answer"}
     many = {"type": "array", "minItems": 1, "maxItems": limits["rows"], "items": row}
     request = {"oneOf": [row, _object({"rows": many}, ["rows"])]}
@@ -155,7 +156,7 @@ def openapi(info: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "openapi": "3.1.0",
-        "info": {"title": f"{task} model", "version": str(next(iter(info["sha256"].values()), ""))[:12]},
+        "info": {"title": f"{task.name} model", "version": str(next(iter(info["sha256"].values()), ""))[:12]},
         "paths": {
             "/predict": {"post": predict},
             "/health": {"get": _get("ok when every worker is ready, else 503", "text/plain")},
@@ -165,33 +166,42 @@ def openapi(info: Mapping[str, Any]) -> dict[str, Any]:
         "components": {
             "schemas": {
                 "Row": _row(task, limits),
-                "Answer": _answer(task),
+                "Answer": _answer(task.name),
                 "Refusal": _object({name: {"type": "string"} for name in ("error", "field", "expected", "got")}),
             }
         },
     }
 
 
-def _row(task: str, limits: Mapping[str, Any]) -> dict[str, Any]:
-    known = TASKS.get(task)
+def _row(task: Task, limits: Mapping[str, Any]) -> dict[str, Any]:
     text = {"type": "string", "minLength": 1, "maxLength": limits["characters"]}
     texts = {"type": "array", "minItems": 1, "items": text}
-    if known is None:
-        return {"type": "object", "additionalProperties": {"oneOf": [text, texts]}}
-    fields = dict.fromkeys(known.texts, text) | dict.fromkeys(known.lists, texts)
-    return {**_object(fields, known.needed), "examples": [dict(known.example)]}
+    example = {"examples": [dict(task.example)]}
+    if not task.fields:
+        return {"type": "object", "additionalProperties": {"oneOf": [text, texts]}, **example}
+    fields = dict.fromkeys(task.texts, text) | dict.fromkeys(task.lists, texts)
+    return {**_object(fields, task.needed), **example}
 
 
 def _answer(task: str) -> dict[str, Any]:
-    number = {"type": "number"}
-    numbers = {"type": "array", "items": number}
-    label = {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-    known = {
-        "text-classification": _object({"label": label, "score": number, "probabilities": numbers}, ["score"]),
-        "multiple-choice": _object({"choice": {"type": "integer"}, "score": number, "probabilities": numbers}),
-        "feature-extraction": _object({"embedding": numbers}),
+    number, whole, text = {"type": "number"}, {"type": "integer"}, {"type": "string"}
+    numbers, texts = {"type": "array", "items": number}, {"type": "array", "items": text}
+    shares = {"score": number, "probabilities": numbers}
+    span = _object({"label": text, "text": text, "start": whole, "end": whole, "score": number})
+    known: dict[str, tuple[dict[str, Any], list[str]]] = {
+        "text-classification": ({"label": {"oneOf": [text, texts]}, **shares}, ["score"]),
+        "cloze": ({"label": text, **shares}, ["label", "score", "probabilities"]),
+        "multiple-choice": ({"choice": whole, **shares}, ["choice", "score", "probabilities"]),
+        "feature-extraction": ({"embedding": numbers}, ["embedding"]),
+        "question-answering": ({"answer": text, "score": number, "start": whole, "end": whole}, ["answer", "score"]),
+        "token-classification": ({"entities": {"type": "array", "items": span}, "tags": texts}, []),
     }
-    return known.get(task, {"type": "object", "description": "As `lightning-ft predict` writes it."})
+    fields, needed = known.get(task, ({}, []))
+    return {
+        **_object(fields, needed),
+        "additionalProperties": True,
+        "description": "As `lightning-ft predict` writes it.",
+    }
 
 
 def _object(properties: Mapping[str, Any], required: Any = None) -> dict[str, Any]:

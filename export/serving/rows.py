@@ -5,47 +5,77 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
 from typing import Any, NamedTuple
 
 
 class Task(NamedTuple):
-    """What a row of a task holds.
+    """What a row of a task holds; any fields, of texts or lists of texts, where none are named.
 
     Args:
+        name: As ``head.json`` has it.
         texts: Fields that hold a text.
         lists: Fields that hold a list of texts.
         needed: Fields without which there is no row.
         example: A row.
     """
 
-    texts: tuple[str, ...]
-    lists: tuple[str, ...]
-    needed: tuple[str, ...]
-    example: Mapping[str, Any]
+    name: str
+    texts: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    example: Mapping[str, Any] = {"text": "A moving film, and a funny one."}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """All that a row may hold."""
+        return (*self.texts, *self.lists)
+
+    @property
+    def by_text(self) -> bool:
+        """Whether a row may be a text alone."""
+        return self.needed == ("text",) or not self.needed
 
 
-_SHORT = "A moving film, and a funny one."
+_BORN = "Marie Curie was born in Warsaw."
 TASKS = {
-    "text-classification": Task(("text", "text_pair"), (), ("text",), {"text": _SHORT}),
-    "feature-extraction": Task(("text", "text_pair"), (), ("text",), {"text": _SHORT}),
-    "multiple-choice": Task(
-        ("context",),
-        ("choices",),
-        ("context", "choices"),
-        {"context": "The glass fell", "choices": ["and broke.", "up."]},
-    ),
-    "token-classification": Task(("text",), ("tokens",), (), {"text": "Marie Curie was born in Warsaw."}),
-    "question-answering": Task(
-        ("question", "context"),
-        (),
-        ("question", "context"),
-        {"question": "Where was she born?", "context": "Marie Curie was born in Warsaw."},
-    ),
-    "fill-mask": Task(("text",), (), ("text",), {"text": "Paris is the [MASK] of France."}),
-    "text-generation": Task(("text",), (), ("text",), {"text": "Once upon a time"}),
-    "text2text-generation": Task(("text",), (), ("text",), {"text": "A long report that is to be shortened."}),
+    task.name: task
+    for task in (
+        Task("text-classification", ("text", "text_pair"), (), ("text",)),
+        Task("feature-extraction", ("text", "text_pair"), (), ("text",)),
+        Task(
+            *("multiple-choice", ("context",), ("choices",), ("context", "choices")),
+            {"context": "The glass fell", "choices": ["and broke.", "and flew."]},
+        ),
+        Task("token-classification", ("text",), ("tokens",), (), {"text": _BORN}),
+        Task(
+            *("question-answering", ("question", "context"), (), ("question", "context")),
+            {"question": "Where was she born?", "context": _BORN},
+        ),
+        Task("fill-mask", ("text",), (), ("text",), {"text": "Paris is the [MASK] of France."}),
+    )
 }
-"""By task; a row of another task may have any fields, of texts or lists of texts."""
+"""By name; what is not here may have rows of any fields."""
+
+
+def task_of(folder: Path) -> Task:
+    """The task of an exported folder: its columns and an example with its mask token, where it has such.
+
+    Args:
+        folder: What ``lightning-ft export`` wrote, of one task.
+    """
+    head = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+    name = head["task"]
+    if name == "fill-mask" and (config := folder / "tokenizer_config.json").is_file():
+        mask = json.loads(config.read_text(encoding="utf-8")).get("mask_token", "[MASK]")
+        mask = mask["content"] if isinstance(mask, dict) else mask
+        return TASKS[name]._replace(example={"text": f"Paris is the {mask} of France."})
+    if name == "cloze":
+        parts = [part for text in head["settings"]["patterns"] for part in Formatter().parse(text)]
+        columns = tuple(dict.fromkeys(column for _, column, *_ in parts if column not in (None, "mask")))
+        return Task(name, columns, (), columns, dict.fromkeys(columns, "A moving film."))
+    return TASKS.get(name, Task(name))
 
 
 @dataclass(frozen=True)
@@ -103,7 +133,7 @@ class Rows(NamedTuple):
     single: bool
 
 
-def read_body(body: bytes, task: str, limits: Limits) -> Rows:
+def read_body(body: bytes, task: Task, limits: Limits) -> Rows:
     """Rows of a request's body.
 
     Args:
@@ -115,9 +145,9 @@ def read_body(body: bytes, task: str, limits: Limits) -> Rows:
         RefusalError: The body is too large (413) or not understood (422).
 
     Example:
-        >>> read_body(b'{"text": "Fine."}', "text-classification", Limits())
+        >>> read_body(b'{"text": "Fine."}', TASKS["text-classification"], Limits())
         Rows(rows=[{'text': 'Fine.'}], single=True)
-        >>> read_body(b'{"text": 3}', "text-classification", Limits())
+        >>> read_body(b'{"text": 3}', TASKS["text-classification"], Limits())
         Traceback (most recent call last):
         lightning_ft.export.serving.rows.RefusalError: text: expected a text, got a number
     """
@@ -126,7 +156,7 @@ def read_body(body: bytes, task: str, limits: Limits) -> Rows:
     return read_rows(_parse(body), task, limits)
 
 
-def read_rows(given: Any, task: str, limits: Limits) -> Rows:
+def read_rows(given: Any, task: Task, limits: Limits) -> Rows:
     """Rows of a request's parsed JSON.
 
     Args:
@@ -199,15 +229,13 @@ def _check_number(field: str, rows: list[Any], limits: Limits) -> None:
         raise RefusalError(422, field, f"{limits.rows} rows at most, every choice counted", f"{number}")
 
 
-def _check_row(row: Any, field: str, task: str, limits: Limits) -> None:
-    known = TASKS.get(task)
-    paired = known is not None and "text_pair" in known.texts
-    if isinstance(row, str) and known is not None and known.needed in ((), ("text",)):
+def _check_row(row: Any, field: str, task: Task, limits: Limits) -> None:
+    if isinstance(row, str) and task.by_text:
         texts: list[tuple[str, Any]] = [(field, row)]
-    elif paired and isinstance(row, list) and len(row) == 2:
+    elif isinstance(row, list) and len(row) == 2 and "text_pair" in task.texts:
         texts = [(f"{field}[{number}]", part) for number, part in enumerate(row)]
     elif isinstance(row, Mapping) and row:
-        texts = _named_texts(row, field, task, known)
+        texts = _named_texts(row, field, task)
     else:
         raise RefusalError(422, field or "body", f"a row such as {_example(task)}", describe(row))
     for name, text in texts:
@@ -216,25 +244,24 @@ def _check_row(row: Any, field: str, task: str, limits: Limits) -> None:
         raise RefusalError(422, field or "body", f"texts of {limits.characters} characters at most", f"{size}")
 
 
-def _named_texts(row: Mapping[str, Any], field: str, task: str, known: Task | None) -> list[tuple[str, Any]]:
+def _named_texts(row: Mapping[str, Any], field: str, task: Task) -> list[tuple[str, Any]]:
     dot = f"{field}." if field else ""
-    if known is not None:
-        for name in known.needed:
-            if name not in row:
-                raise RefusalError(422, f"{dot}{name}", f"a row such as {_example(task)}", "no such field")
-        allowed = (*known.texts, *known.lists)
-        if unknown := [name for name in row if name not in allowed]:
-            # The sender's own word is not repeated: `field` is logged.
-            raise RefusalError(422, field or "body", f"no fields but {', '.join(allowed)}", f"{len(unknown)} others")
+    for name in task.needed:
+        if name not in row:
+            raise RefusalError(422, f"{dot}{name}", f"a row such as {_example(task)}", "no such field")
+    if task.fields and (unknown := set(row) - set(task.fields)):
+        # The sender's own word is not repeated: `field` is logged.
+        raise RefusalError(422, field or "body", f"no fields but {', '.join(task.fields)}", f"{len(unknown)} others")
     texts: list[tuple[str, Any]] = []
     for number, (name, value) in enumerate(row.items()):
-        where = f"{dot}{name}" if known is not None else f"{field}[field {number}]"
-        wanted = value if known is None else [] if name in known.lists else ""
-        if isinstance(wanted, list) and isinstance(value, list) and value:
-            texts += [(f"{where}[{i}]", part) for i, part in enumerate(value)]
-        elif isinstance(wanted, list):
+        where = f"{dot}{name}" if task.fields else f"{field}[field {number}]"
+        if value is None and task.fields and name not in task.needed and len(row) > 1:
+            continue
+        if name in task.lists and (not isinstance(value, list) or not value):
             raise RefusalError(422, where, "a list of texts", describe(value))
-        elif not (value is None and known is not None and name not in known.needed and len(row) > 1):
+        if isinstance(value, list) and value and name not in task.texts:
+            texts += [(f"{where}[{place}]", part) for place, part in enumerate(value)]
+        else:
             texts.append((where, value))
     return texts
 
@@ -248,6 +275,5 @@ def _check_text(field: str, text: Any) -> None:
         raise RefusalError(422, field, "Unicode text", f"half a surrogate pair at character {error.start}") from None
 
 
-def _example(task: str) -> str:
-    known = TASKS.get(task)
-    return json.dumps(known.example if known else {"text": "…"}, ensure_ascii=False)
+def _example(task: Task) -> str:
+    return json.dumps(dict(task.example), ensure_ascii=False)

@@ -22,7 +22,7 @@ from typing import Any
 from lightning_ft.export.extras import require
 from lightning_ft.export.serving.api import PredictAPI, log_one_line_each
 from lightning_ft.export.serving.front import Front
-from lightning_ft.export.serving.rows import Limits
+from lightning_ft.export.serving.rows import Limits, task_of
 
 litserve = require("litserve", extra="serve")
 utils = require("litserve.utils", extra="serve")
@@ -79,7 +79,7 @@ def create_server(
         serve(create_server("served", workers=2), host="0.0.0.0", port=8000)
     """
     place, limits = Path(folder), limits or Limits()
-    head = _head(place)
+    head, task = _head(place), task_of(place)
     _check(workers=workers, threads=threads, batch_size=batch_size, max_queue=max_queue, max_length=max_length)
     if batch_timeout < 0 or timeout <= batch_timeout:
         raise ValueError(f"timeout={timeout} must be more than batch_timeout={batch_timeout}, and that 0 or more")
@@ -96,8 +96,8 @@ def create_server(
         "sha256": {file.name: _sha256(file) for file in sorted(place.glob("*.onnx*"))},
         "versions": _versions(),
     }
-    api = PredictAPI(str(place), task=head["task"], options=options, batch_timeout=batch_timeout, limits=limits)
-    front = {"info": info, "limits": limits, "max_queue": max_queue, "answer_timeout": timeout + 30}
+    api = PredictAPI(str(place), task=task, options=options, batch_timeout=batch_timeout, limits=limits)
+    front = {"info": info, "task": task, "limits": limits, "max_queue": max_queue, "answer_timeout": timeout + 30}
     return litserve.LitServer(
         api,
         accelerator="cpu",  # what LitServe does with it is to count devices; the provider is ours

@@ -17,7 +17,7 @@ import torch
 from lightning_ft.core.files import sha256
 from lightning_ft.export.serving import api as module
 from lightning_ft.export.serving.api import JointRuns, OneLine, Outcome, PredictAPI, place_of
-from lightning_ft.export.serving.rows import Limits
+from lightning_ft.export.serving.rows import TASKS, Limits
 from lightning_ft.export.serving.server import cores, create_server, main
 from tests.export.serving.exported import LABELS, as_checkpoint, assert_same, classifier
 from tests.export.test_gate import sentences
@@ -34,7 +34,11 @@ def api(out: Path, monkeypatch: pytest.MonkeyPatch) -> PredictAPI:
     monkeypatch.setattr(PredictAPI, "_settle", lambda self: None)  # it sets the signals and logs of a process
     options = {"provider": "cpu", "threads": 1, "batch_size": 8, "max_length": None}
     made = PredictAPI(
-        str(out), task="text-classification", options=options, batch_timeout=0.01, limits=Limits(rows=4, characters=500)
+        str(out),
+        task=TASKS["text-classification"],
+        options=options,
+        batch_timeout=0.01,
+        limits=Limits(rows=4, characters=500),
     )
     made.setup("cpu")
     return made
@@ -115,7 +119,7 @@ def test_numbers_that_json_has_not(api: PredictAPI) -> None:
 def test_why_a_worker_cannot_start(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PredictAPI, "_settle", lambda self: None)
     options = {"provider": "cuda", "threads": 1, "batch_size": 8, "max_length": None}
-    made = PredictAPI(str(out), task="text-classification", options=options, batch_timeout=0.0, limits=Limits())
+    made = PredictAPI(str(out), task=TASKS["text-classification"], options=options, batch_timeout=0.0, limits=Limits())
     with pytest.raises(RuntimeError, match="provider='cuda'"):
         made.setup("cpu")
     assert made.failures.get().startswith("RuntimeError: provider='cuda'")

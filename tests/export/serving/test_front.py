@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from lightning_ft.export.serving.front import DRAIN, Front
 from lightning_ft.export.serving.page import docs_page, openapi
-from lightning_ft.export.serving.rows import TASKS, Limits
+from lightning_ft.export.serving.rows import TASKS, Limits, Task
 
 INFO: dict[str, Any] = {
     "task": "text-classification",
@@ -51,7 +51,9 @@ class Model:
 
 def front(model: Any = None, **options: Any) -> Front:
     limits = Limits(**INFO["limits"])
-    return Front(model or Model(), **{"info": INFO, "limits": limits, "max_queue": 2, **options})
+    return Front(
+        model or Model(), **{"info": INFO, "task": TASKS[INFO["task"]], "limits": limits, "max_queue": 2, **options}
+    )
 
 
 def test_rows_reach_the_model() -> None:
@@ -223,15 +225,14 @@ def test_page_asks_no_other_host_and_runs_no_other_script() -> None:
 
 
 def test_pages_of_every_task() -> None:
-    for task in (*TASKS, "own-task"):
-        info = {**INFO, "task": task, "labels": [], "max_length": None}
-        known = TASKS.get(task)
-        assert set(Page(docs_page(info)).names) >= set(known.needed if known else ())
-        schema = openapi(info)["components"]["schemas"]["Row"]
-        if known:
-            assert schema["examples"] == [known.example]
-            assert set(schema["required"]) <= set(known.example) <= set(schema["properties"])
-    assert 'data-kind="json"' in docs_page({**INFO, "task": "own-task"})
+    for task in TASKS.values():
+        info = {**INFO, "task": task.name, "labels": [], "max_length": None}
+        assert set(task.needed) <= set(Page(docs_page(info, task)).names) <= set(task.fields)
+        schema = openapi(info, task)["components"]["schemas"]["Row"]
+        assert schema["examples"] == [task.example]
+        assert set(schema["required"]) <= set(task.example) <= set(schema["properties"])
+    assert 'data-kind="json"' in docs_page(INFO, Task("own-task"))
+    assert "<b>" not in docs_page(INFO, Task("cloze", ("<b>",), (), ("<b>",), {"<b>": "<b>"}))
 
 
 def test_openapi_is_true() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_ft.export.serving.rows import TASKS, Limits, RefusalError, Rows, read_body
+from lightning_ft.export.serving.rows import TASKS, Limits, RefusalError, Rows, Task, read_body, task_of
 
 LIMITS = Limits(body=4000, rows=5, characters=100)
 
 
 def read(body: Any, task: str = "text-classification") -> Rows:
-    return read_body(body if isinstance(body, bytes) else json.dumps(body).encode(), task, LIMITS)
+    return read_body(
+        body if isinstance(body, bytes) else json.dumps(body).encode(), TASKS.get(task, Task(task)), LIMITS
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -37,6 +40,7 @@ def test_ways_to_write_a_row() -> None:
     assert read({"tokens": ["a", "b"]}, "token-classification").single
     # Of a task that is not known here, texts and lists of texts in any field.
     assert read({"premise": "a", "parts": ["b", "c"]}, "own-task").single
+    assert read({"rows": ["a"]}, "own-task").rows == ["a"]
     assert read({"text": "x" * 100}).single
     choices = {"context": "a", "choices": ["b"] * 5}
     assert read(choices, "multiple-choice").single
@@ -141,6 +145,20 @@ def test_whatever_comes_is_read_or_refused() -> None:
             json.dumps(asked.rows, ensure_ascii=False).encode()
     assert statuses == {422}
     assert 20 < taken < 4000
+
+
+def test_task_of_a_folder(tmp_path: Path) -> None:
+    def task(name: str, settings: Any = None, config: Any = None) -> Task:
+        (tmp_path / "head.json").write_text(json.dumps({"task": name, "labels": [], "settings": settings or {}}))
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config or {}))
+        return task_of(tmp_path)
+
+    assert task("text-classification") == TASKS["text-classification"]
+    assert task("own-task") == Task("own-task")
+    for mask in ("<mask>", {"content": "<mask>"}):
+        assert task("fill-mask", config={"mask_token": mask}).example == {"text": "Paris is the <mask> of France."}
+    cloze = task("cloze", {"patterns": ["{a} {{x}} {mask} {b}", "{mask}: {b}"]})
+    assert (cloze.texts, cloze.needed, set(cloze.example)) == (("a", "b"), ("a", "b"), {"a", "b"})
 
 
 def test_limits_are_numbers() -> None:
