@@ -6,8 +6,7 @@ Results equal those of transformers' ``generate`` with the same settings (sampli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +14,7 @@ Array = Any
 LOW = np.float32(-1e9)
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(NamedTuple):
     """How tokens are chosen; names and meanings are those of transformers' ``GenerationConfig``.
 
     Args:
@@ -471,14 +469,11 @@ def _beam_search(
     return ended.texts[:, 0, prompt : prompt + width]
 
 
-@dataclass
 class _Ended:
     """The best texts of each row that have ended, best first."""
 
-    texts: Array
-    scores: Array
-    there: Array
-    lengths: Array
+    def __init__(self, texts: Array, scores: Array, there: Array, lengths: Array) -> None:
+        self.texts, self.scores, self.there, self.lengths = texts, scores, there, lengths
 
     def add(
         self, texts: Array, values: Array, stops: Array, new: int, open_rows: Array, settings: GenerationSettings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +75,7 @@ class _Generative(Graphs):
             ParityError: A token is another one.
         """
         longest = max(probe.length for probe in probes)
-        chosen = replace(self.settings, do_sample=False, num_beams=1, max_new_tokens=min(PROMPT, max(longest // 2, 1)))
+        chosen = self.settings._replace(do_sample=False, num_beams=1, max_new_tokens=min(PROMPT, max(longest // 2, 1)))
         tried = [probe for probe in probes if probe.length + chosen.max_new_tokens <= longest]
         texts = tokens = 0
         for probe in [p for p in tried if p.length <= PROMPT] or tried[:1]:
@@ -308,7 +307,7 @@ def generation_settings(config: Any, **chosen: Any) -> GenerationSettings:
     given = {name: value for name, value in config.to_dict().items() if value is not None}
     known = {**{n: v for n, v in defaults.items() if v is not None}, **given, **chosen}
     _check_known(given, defaults)
-    result = {name: known[name] for name in GenerationSettings.__dataclass_fields__ if known.get(name) is not None}
+    result = {name: known[name] for name in GenerationSettings._fields if known.get(name) is not None}
     for name in ("eos_token_id", "forced_eos_token_id", "decoder_start_token_id"):
         if isinstance(value := result.get(name, []), int):
             result[name] = [value]
@@ -327,7 +326,7 @@ _NEUTRAL = (
 
 
 def _check_known(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    known = {*GenerationSettings.__dataclass_fields__, *_NEUTRAL}
+    known = {*GenerationSettings._fields, *_NEUTRAL}
     for name, value in given.items():
         if name not in known and value != defaults.get(name):
             raise ValueError(

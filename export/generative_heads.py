@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +71,14 @@ def _settings(model: Any) -> GenerationSettings:
 def _causal(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase | None) -> Head:
     known = {
         "graphs": {"decoder": MODEL},
-        "generation": asdict(settings),
+        "generation": settings._asdict(),
         "prompt": {} if tokenizer is None else _prompt(tokenizer),
     }
     return Head("text-generation", partial(CausalGraphs, settings=settings), settings=known)
 
 
 def _paired(settings: GenerationSettings, labels: tuple[str, ...], extra: dict[str, Any]) -> Head:
-    known = {"graphs": {"encoder": ENCODER, "decoder": DECODER}, "generation": asdict(settings), **extra}
+    known = {"graphs": {"encoder": ENCODER, "decoder": DECODER}, "generation": settings._asdict(), **extra}
     return Head("text2text-generation", partial(Seq2SeqGraphs, settings=settings), labels, known)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from lightning_ft.export.readers import READERS
 from lightning_ft.export.reading.graph import PROVIDERS, Graph, open_graph
 from lightning_ft.export.reading.reader import Exported, Part, Reader
+from lightning_ft.export.reading.writing import PromptReader, SourceReader
 
 TASKS = tuple(READERS)
 
@@ -37,6 +38,10 @@ class Predictor:
     - cloze: a mapping with the patterns' columns, or a text where there is one column; ``label``, ``score``,
       ``probabilities`` and ``pattern_probabilities``.
     - feature-extraction: as text-classification; ``embedding``.
+    - text-generation: a text or ``{"text"}``, ``{"instruction", "input"}``, or ``{"messages"}`` for the model's chat
+      template (which needs jinja2); ``text``, what follows.
+    - text2text-generation: a text or ``{"text"}``; ``text`` and ``score``, the mean log-probability of its tokens, in
+      nats; of a model that chooses among labels ``label``, ``score`` and ``probabilities``.
 
     Args:
         folder: What ``lightning-ft export`` wrote; by default where this file lies.
@@ -48,7 +53,8 @@ class Predictor:
         max_length: Tokens that are kept of a row, or that a window has; by default, and at most, as many as the model
             takes. Where there are windows, by default what ``head.json`` says.
         truncate: Cut rows that are longer. If false, they are an error. Tasks with windows lose nothing either way.
-        settings: Settings of ``head.json`` to replace, such as ``{"n_best": 3}``.
+        settings: Settings of ``head.json`` to replace, such as ``{"n_best": 3}``, or of a model that writes
+            ``{"generation": {"max_new_tokens": 20, "do_sample": True}, "seed": 1}``.
         session: What runs the graph, with the two methods of an ``onnxruntime.InferenceSession`` that are used here,
             ``get_inputs()`` and ``run(names, feed)``: a graph that a server holds; for several graphs a mapping of
             their files' names to such. ``provider`` and ``threads`` then mean nothing.
@@ -138,7 +144,8 @@ class Predictor:
             TypeError: A row that is none of the task's.
             ValueError: A row that the model cannot read.
         """
-        return [self._reader.encode(row, f"row {number}") for number, row in enumerate(rows)]
+        encoded = [self._reader.encode(row, f"row {number}") for number, row in enumerate(rows)]
+        return [self._reader.number(item, number) for number, item in enumerate(encoded)]
 
     def length(self, item: Any) -> int:
         """Tokens of an item of :meth:`encode`, all its windows, choices or patterns together."""
@@ -160,6 +167,17 @@ class Predictor:
                 outputs[number] = output
         found = iter(outputs)
         return [self._reader.answer(item, [next(found) for _ in item.parts]) for item in items]
+
+    def stream(self, row: Any) -> Iterator[str]:
+        """Write on one row, and give each piece of the text as it comes; joined they are the text.
+
+        Raises:
+            TypeError: The model writes no texts.
+            ValueError: The settings are those of a beam search, or the model chooses among labels.
+        """
+        if not isinstance(self._reader, PromptReader | SourceReader):
+            raise TypeError(f"a model for {self.task} writes no text: call it")
+        return self._reader.stream(self.encode([row])[0])
 
     def _batches(self, parts: Sequence[Part]) -> Iterator[list[int]]:
         """Numbers of parts that are run together: of one kind and of similar length."""
@@ -209,7 +227,13 @@ def _settle(kind: type[Reader], written: Mapping[str, Any], given: Mapping[str, 
     known = {**kind.defaults, **written}
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(f"settings: {', '.join(unknown)} is none of this task's: {', '.join(known) or 'it has none'}")
-    return {**known, **given}
+    # Of a group of settings, such as those of generation, the others stay.
+    grouped = {
+        name: {**known[name], **value}
+        for name, value in given.items()
+        if isinstance(value, Mapping) and isinstance(known[name], Mapping)
+    }
+    return {**known, **given, **grouped}
 
 
 def _longest(limit: int | None, given: int | None, usual: int | None) -> int | None:

@@ -8,6 +8,7 @@ from lightning_ft.export.reading.entities import EntityReader
 from lightning_ft.export.reading.masks import MaskReader
 from lightning_ft.export.reading.reader import Reader
 from lightning_ft.export.reading.texts import ChoiceReader, FeatureReader, TextReader
+from lightning_ft.export.reading.writing import PromptReader, SourceReader
 
 READERS: dict[str, type[Reader]] = {
     "text-classification": TextReader,
@@ -17,4 +18,6 @@ READERS: dict[str, type[Reader]] = {
     "fill-mask": MaskReader,
     "cloze": ClozeReader,
     "feature-extraction": FeatureReader,
+    "text-generation": PromptReader,
+    "text2text-generation": SourceReader,
 }

@@ -100,6 +100,10 @@ class Reader(ABC):
             ValueError: It is one that cannot be read.
         """
 
+    def number(self, item: Item, number: int) -> Item:
+        """An item that knows its place in a call, where the answer depends on it."""
+        return item
+
     @abstractmethod
     def run(self, parts: Sequence[Part]) -> Sequence[Any]:
         """Run parts of similar length and equal :meth:`kind` at once; what is wanted of the outputs for each.

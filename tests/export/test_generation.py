@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def test_tokens_are_those_of_generate(kind: str, written: Callable[[str], Writte
     for choice, chosen in CHOICES.items():
         # All ways to search with the plain settings, two with each of the others.
         for beams, searched in BEAMS.items() if choice == "plain" else list(BEAMS.items())[:2]:
-            settings = replace(base, **chosen, **searched)
+            settings = base._replace(**chosen, **searched)
             wanted = expected(model, ids, mask, settings)
             got = generate(decoder, ids.numpy(), mask.numpy(), settings)
             assert got.tolist() == wanted.tolist(), (choice, beams)
@@ -166,7 +165,7 @@ def test_beams_can_be_drawn(written: Callable[[str], Written]) -> None:
     decoder, _ = decoder_of(written("gpt2"))
     ids, mask = (tensor.numpy() for tensor in prompts(left=True))
     settings = GenerationSettings(max_new_tokens=NEW, num_beams=2, eos_token_id=(3,), pad_token_id=1)
-    drawn = replace(settings, do_sample=True, temperature=1e-4)
+    drawn = settings._replace(do_sample=True, temperature=1e-4)
     assert generate(decoder, ids, mask, drawn).shape[0] == 4
     assert (generate(decoder, ids, mask, drawn) == generate(decoder, ids, mask, drawn)).all()
 
@@ -178,7 +177,7 @@ def test_tokens_come_one_by_one(written: Callable[[str], Written]) -> None:
     parts = list(stream(decoder, ids, mask, settings))
     assert (np.stack(parts, 1) == generate(decoder, ids, mask, settings)).all()
     with pytest.raises(ValueError, match="num_beams=2: a beam search knows its text at the end only"):
-        next(stream(decoder, ids, mask, replace(settings, num_beams=2)))
+        next(stream(decoder, ids, mask, settings._replace(num_beams=2)))
 
 
 class Foreign:

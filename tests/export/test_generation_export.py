@@ -16,10 +16,9 @@ import pytest
 import torch
 import transformers as hf
 
-from lightning_ft.export import ParityError, export_onnx
+from lightning_ft.export import ParityError, Predictor, export_onnx
 from lightning_ft.export.generation import CausalDecoder, GenerationSettings
 from lightning_ft.export.generative_graphs import CausalGraphs, generation_settings
-from lightning_ft.export.text_generator import TextGenerator
 from lightning_ft.modules import CausalLM, Seq2Seq
 from tests.export.conftest import Written
 from tests.export.test_export_onnx import tiny_tokenizer
@@ -29,8 +28,8 @@ from tests.pretrained import CORPUS, pretrained
 open_cpu = partial(onnxruntime.InferenceSession, providers=["CPUExecutionProvider"])
 
 
-def generator(made: Written, **settings: Any) -> TextGenerator:
-    return TextGenerator.open(made.folder, open_cpu, **settings)
+def generator(made: Written, max_length: int | None = None, **generation: Any) -> Predictor:
+    return Predictor(made.folder, max_length=max_length, settings={"generation": generation})
 
 
 # ---- graphs
@@ -158,7 +157,7 @@ def test_texts_are_the_modules_predictions(written: Callable[[str], Written]) ->
         batch = module.tokenizer(texts, padding=True, return_tensors="pt")
         wanted = module.predictions(batch)
         assert len(set(wanted["text"])) > 1
-        write = generator(made, options={"max_new_tokens": 9, **options})
+        write = generator(made, **{"max_new_tokens": 9, **options})
         got = write(texts)
         assert [row["text"] for row in got] == wanted["text"]
         assert write({"text": texts[1]}) == write(texts[1])
@@ -184,7 +183,7 @@ def test_labels_are_the_modules(tmp_path: Path) -> None:
             export_onnx(module, out, max_length=16)
         assert module.tokenizer is not None
         wanted = module.predictions(module.tokenizer(CORPUS[:3], padding=True, return_tensors="pt"))
-        write = TextGenerator.open(out, open_cpu)
+        write = Predictor(out)
         got = write(list(CORPUS[:3]))
         assert [row["label"] for row in got] == wanted["label"]
         for row, shares in zip(got, wanted["probabilities"], strict=True):
@@ -208,11 +207,13 @@ def test_prompts_are_those_of_the_data(written: Callable[[str], Written]) -> Non
     made = written("llama")
     rows = [{"instruction": "say yes", "input": ""}, {"instruction": "say", "input": "no {x}"}]
     table = Dataset.from_list(rows)
-    write = generator(made, options={"max_new_tokens": 1})
+    write = generator(made, max_new_tokens=1)
     for chat in (None, CHAT):
         folder = made.source
         if chat is not None:
-            write._known["prompt"]["chat_template"] = chat
+            write = Predictor(
+                made.folder, settings={"generation": {"max_new_tokens": 1}, "prompt": {"chat_template": chat}}
+            )
             tokenizer = hf.AutoTokenizer.from_pretrained(made.source)
             tokenizer.chat_template = chat
             folder = made.folder.parent / "chats"
@@ -223,9 +224,9 @@ def test_prompts_are_those_of_the_data(written: Callable[[str], Written]) -> Non
         wanted = [
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
-        assert [list(item.ids) for item in write.encode(rows)] == wanted
+        assert [list(item.parts[0].ids[0]) for item in write.encode(rows)] == wanted
     asked = [{"role": "user", "content": "say yes"}]
-    assert write.encode([{"messages": asked}])[0].ids == write.encode([rows[0]])[0].ids
+    assert write.encode([{"messages": asked}]) == write.encode([rows[0]])
     with pytest.raises(ValueError, match=r"row 0: the chat template refuses the conversation \(no judges\)"):
         write([{"messages": [{"role": "judge", "content": "x"}]}])
 
@@ -249,8 +250,8 @@ def test_rows_that_are_refused(row: Any, error: Any, message: str, written: Call
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"options": {"max_new_tokens": 0}}, ValueError, "max_new_tokens=0 must be 1 or more"),
-        ({"options": {"tokens": 1}}, TypeError, "unexpected keyword argument 'tokens'"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be 1 or more"),
+        ({"tokens": 1}, ValueError, "settings: tokens is none of max_new_tokens, num_beams"),
         ({"max_length": 1000}, ValueError, "max_length=1000 is more than the 128 tokens"),
     ],
 )
