@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_ft.core.special_tokens import around
 from lightning_ft.export.readers import READERS
-from lightning_ft.metrics.entity_f1 import tag_table
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
@@ -83,6 +82,8 @@ def _tags(head: Head) -> dict[str, Any]:
     """What each tag means; nothing for tags of no scheme, such as parts of speech."""
     if (scheme := head.settings.get("scheme")) is None:
         return {}
+    from lightning_ft.metrics.entity_f1 import tag_table
+
     types, table = tag_table(head.labels, scheme)
     return {"types": types, "table": table.tolist()}
 
