@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             truncate=not chosen.no_truncate,
             settings=chosen.settings,
         )
-        answers = predict(read_rows(text.decode("utf-8")))
+        answers = predict(read_rows(text.decode("utf-8-sig")))
     except (OSError, RuntimeError, TypeError, ValueError) as error:
         parser.exit(2, f"predictor.py: {error}\n")
     for number, answer in enumerate(answers):

@@ -90,7 +90,7 @@ def _tags(head: Head) -> dict[str, Any]:
 
 def _cloze(settings: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     before, after = around(tokenizer)
-    if settings["decoder"]:  # what ends a text would end the prompt; demonstrations stand apart by a blank line
+    if settings.get("decoder"):  # what ends a text would end the prompt; demonstrations stand apart by a blank line
         after = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     return {"mask_token": tokenizer.mask_token, "before": before, "after": after}
 

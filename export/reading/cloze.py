@@ -36,6 +36,8 @@ class ClozeReader(Reader):
 
     def __init__(self, exported: Exported) -> None:
         super().__init__(exported)
+        if not self.settings["patterns"] or not self.settings["words"]:
+            raise ValueError(f"{exported.place}: its head.json has no patterns or no words of labels: export it anew")
         self.graph = exported.open_graph("model.onnx")
         self.tokenizer = PlainTokenizer(exported.place, self.settings["mask_token"])
         self.patterns = parse_patterns(self.settings["patterns"])

@@ -29,7 +29,7 @@ class TorchSession:
         known = inspect.signature(self.graph.forward).parameters
         tokens = graph_inputs(part.model, part.tokenizer)
         self.names = [name for name in known if name in tokens or name in ("gap", "pattern")]
-        self.sizes: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def get_inputs(self) -> Sequence[Any]:
         return [SimpleNamespace(name=name) for name in self.names]
@@ -37,7 +37,7 @@ class TorchSession:
     def run(self, names: Sequence[str], feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         assert set(feed) == set(self.names)
         assert all(values.dtype == np.int64 for values in feed.values())
-        self.sizes.append(len(feed["input_ids"]))
+        self.shapes.append(feed["input_ids"].shape)
         with torch.inference_mode():
             found = self.graph(**{name: torch.from_numpy(values) for name, values in feed.items()})
         values = dict(zip(self.graph.outputs, found, strict=True))

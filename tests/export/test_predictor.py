@@ -55,14 +55,16 @@ def test_as_the_command_line_predicts(kind: Kind, tmp_path: Path) -> None:
     session = serve(module, tmp_path / "out")
     predict = Predictor(tmp_path / "out", max_length=24, batch_size=7, session=session)
     found = predict(TEXTS)
+    # Never more at once than was asked for, and the shorter ones first, together.
+    rows, widths = zip(*session.shapes, strict=True)
+    assert (max(rows), sum(rows)) == (7, len(TEXTS))
+    assert list(widths) == sorted(widths)
+    assert len(set(widths)) > 2
     assert_alike(found, as_predicted(module, data))
     # Alone, and not beside texts of other lengths: sums are taken in another order.
     assert predict(TEXTS[3])["probabilities"] == pytest.approx(found[3]["probabilities"], abs=1e-5)
     assert predict([{"text": TEXTS[3]}]) == [predict(TEXTS[3])]
     assert predict([]) == []
-    # No more at once than was asked for, and all of them.
-    assert max(session.sizes) == 7
-    assert sum(session.sizes) == len(TEXTS) + 3
 
 
 @pytest.mark.parametrize("problem", ["multi_label", "regression"])

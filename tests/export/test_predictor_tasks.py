@@ -315,6 +315,8 @@ def test_gaps_move_with_padding_on_the_left(tmp_path: Path) -> None:
     session.run = lambda names, feed: (fed.append(dict(feed)), run(names, feed))[1]  # type: ignore[method-assign]
     rows = [{"text": text, "other": "a film"} for text in TEXTS]
     Predictor(tmp_path / "out", session=session)(rows)
+    with pytest.raises(ValueError, match=r"its head\.json has no patterns or no words of labels: export it anew"):
+        Predictor(tmp_path / "out", session=session, settings={"words": {}})
     mask = hf.AutoTokenizer.from_pretrained(path).mask_token_id
     for feed in fed:
         assert (feed["attention_mask"][:, -1] == 1).all()
