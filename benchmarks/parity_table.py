@@ -1,6 +1,6 @@
 """How near every head of every architecture stays to its model, in every precision, on tiny random models.
 
-    python benchmarks/parity_table.py [--only TASK] [--quick]
+    python benchmarks/parity_table.py [--jobs 2] [--known FOLDER] [--quick]
 
 writes `benchmarks/results/parity.json` and `parity.md`. The models are those of `tests/export/test_heads.py`: random
 weights of a standard deviation of 0.2, which no training has made robust, so that fewer bits cost more here than in a
@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,15 +141,40 @@ IMPOSSIBLE: dict[str, str] = {
 """By the name of the cell, why there is none."""
 
 
-def run(cells: Sequence[Cell], progress: Callable[[str], None] = lambda line: None) -> list[dict[str, Any]]:
-    """A row for each cell."""
-    rows = []
-    for number, cell in enumerate(cells, 1):
-        started = time.perf_counter()
-        source, tokenizer = cell.make()
-        rows.append({"task": cell.task, "family": cell.family, "precisions": cell.measure(source, tokenizer)})
-        progress(f"{number}/{len(cells)} {cell.name}: {time.perf_counter() - started:.1f} s")
-    return rows
+def row_of(cell: Cell) -> dict[str, Any]:
+    """The row of a cell."""
+    return {"task": cell.task, "family": cell.family, "precisions": cell.measure(*cell.make())}
+
+
+def run(cells: Sequence[Cell], known: Path, jobs: int = 1) -> list[dict[str, Any]]:
+    """A row for each cell, each in a process of its own, whose end ends no other.
+
+    Args:
+        cells: What to measure.
+        known: A folder where rows are kept as they come: a run that was stopped goes on.
+        jobs: Processes at once.
+
+    Raises:
+        RuntimeError: Cells have no row.
+    """
+    known.mkdir(parents=True, exist_ok=True)
+    files = {cell.name: known / f"{cell.name.replace(' ', '.')}.json" for cell in cells}
+    running: dict[int, str] = {}
+    left = [cell for cell in cells if not files[cell.name].is_file()]
+    while left or running:
+        while left and len(running) < jobs:
+            cell = left.pop(0)
+            if (child := os.fork()) == 0:
+                with atomic_file(files[cell.name]) as path:
+                    path.write_text(json.dumps(row_of(cell)), encoding="utf-8")
+                os._exit(0)
+            running[child] = cell.name
+        child, status = os.wait()
+        done = sum(path.is_file() for path in files.values())
+        print(f"{done}/{len(cells)} {running.pop(child)}: status {status}", file=sys.stderr, flush=True)
+    if missing := [name for name, path in files.items() if not path.is_file()]:
+        raise RuntimeError(f"no row for {', '.join(missing)}")
+    return [json.loads(path.read_text(encoding="utf-8")) for path in files.values()]
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> str:
@@ -191,13 +216,14 @@ def _cell(precision: str, found: Mapping[str, Any] | None) -> str:
 def main() -> None:
     """Run the cells and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", help="cells of this task alone; nothing is written")
     parser.add_argument("--quick", action="store_true", help="two cells")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--known", type=Path, help="folder where rows are kept as they come, to go on from")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cells = [cell for cell in CELLS if options.only in (None, cell.task)]
-    rows = run(cells[:2] if options.quick else cells, lambda line: print(line, file=sys.stderr, flush=True))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(CELLS[:2] if options.quick else CELLS, options.known or Path(folder), options.jobs)
     machine = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
@@ -206,10 +232,9 @@ def main() -> None:
     }
     table = markdown(rows, machine)
     print(table)
-    if options.only is None:
-        for name, text in (("json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"), ("md", table)):
-            with atomic_file(options.results / f"parity.{name}") as path:
-                path.write_text(text, encoding="utf-8")
+    for name, text in (("json", json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n"), ("md", table)):
+        with atomic_file(options.results / f"parity.{name}") as path:
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -243,6 +243,27 @@ def test_several_at_once(tmp_path: Path, swaps: bool) -> None:
     assert names(tmp_path) == ["out", "out.previous"]
 
 
+def test_who_comes_in_the_middle_of_a_swap_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two renames the earlier folder lies where what killed processes left lies, too."""
+    write(tmp_path / "out", "a")
+    others: list[threading.Thread] = []
+    real = FOLDERS.exchange
+
+    def swap(one: Path, other: Path) -> bool:
+        done: bool = real(one, other)
+        if not others:
+            others.append(threading.Thread(target=write, args=(tmp_path / "out", "c")))
+            others[0].start()
+            others[0].join(0.5)
+        return done
+
+    monkeypatch.setattr(FOLDERS, "exchange", swap)
+    write(tmp_path / "out", "b")
+    others[0].join()
+    assert (read(tmp_path / "out"), read(tmp_path / "out.previous")) == ("c", "b")
+    assert names(tmp_path) == ["out", "out.previous"]
+
+
 def test_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()

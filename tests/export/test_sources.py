@@ -302,9 +302,15 @@ def test_snapshot_ensemble(tmp_path: Path) -> None:
     assert (alone - wanted).abs().max() > 1e-4
     assert report.facts["members"] == 2
     assert hf.AutoConfig.from_pretrained(tmp_path / "out").architectures == ["BertForSequenceClassification"]
-    words = [" ".join(f"w{i}" for i in batch()["input_ids"][0].tolist())]
-    found = Predictor(tmp_path / "out")(words)[0]["probabilities"]
-    np.testing.assert_allclose(found, wanted[0].numpy(), atol=1e-5)
+    ids = [5, 6, 50, 17, 8]
+    feed = {
+        "input_ids": np.array([ids]),
+        "attention_mask": np.ones((1, 5), int),
+        "token_type_ids": np.zeros((1, 5), int),
+    }
+    (found,) = load_session(tmp_path / "out", threads=1).run(["logits"], feed)
+    answer = Predictor(tmp_path / "out")(" ".join(f"w{i}" for i in ids))["probabilities"]
+    np.testing.assert_allclose(answer, np.exp(found[0]) / np.exp(found[0]).sum(), atol=1e-6)
     verify(tmp_path / "out", source=path, members=tmp_path / "snapshots")
     # One of them, by name, is a model.
     one = [tmp_path / "snapshots" / "cycle_002.safetensors"]
