@@ -51,14 +51,12 @@ def test_precisions(path: Path, tmp_path: Path) -> None:
         quantize(path, tmp_path / f"{precision}.onnx", precision, ranges=ranges)  # type: ignore[arg-type]
     assert tensorrt_options(tmp_path / "fp16.onnx")["trt_fp16_enable"] == "1"
     assert tensorrt_options(tmp_path / "int8-static.onnx")["trt_int8_enable"] == "1"
-    with pytest.raises(ValueError, match="is in int8 whose scales follow the input .*: export it in int8-static"):
+    with pytest.raises(ValueError, match=r"is in int8 whose scales follow the input .*: export it in int8-static"):
         tensorrt_options(tmp_path / "int8.onnx")
 
 
 def test_none_is_no_other(path: Path) -> None:
-    with pytest.raises(
-        RuntimeError, match="and no TensorrtExecutionProvider: uninstall it, and install onnxruntime-gpu"
-    ):
+    with pytest.raises(RuntimeError, match="and no TensorrtExecutionProvider: uninstall it, and install"):
         open_tensorrt(path)
 
 
