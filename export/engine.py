@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,9 @@ from lightning_ft.core.files import atomic_file, sha256
 from lightning_ft.export.extras import require
 from lightning_ft.export.profiles import Shapes, choose_profile
 from lightning_ft.export.tensorrt import EXTRA, FORMAT, METADATA, EngineError, make_logger
+
+if TYPE_CHECKING:
+    import numpy as np
 
 TYPES = {
     "FLOAT": torch.float32,
@@ -285,6 +287,8 @@ class EngineSession:
     # ---- tensors
 
     def _tensors(self, feed: Mapping[str, Any]) -> dict[str, Tensor]:
+        import numpy as np
+
         names = [entry.name for entry in self._inputs]
         if set(feed) != set(names):
             raise ValueError(f"feed: expected the inputs {', '.join(names)}, got {', '.join(feed) or 'none'}")

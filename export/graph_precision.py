@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from lightning_ft.core.report import format_table
 from lightning_ft.export.extras import require
 from lightning_ft.export.parity import ParityError, open_graph
 from lightning_ft.export.profiles import Shapes
 from lightning_ft.export.quantize import quantize
+
+if TYPE_CHECKING:
+    import numpy as np
 
 HALF_TOLERANCE = 1e-2
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulInteger", "MatMulIntegerToFloat")
@@ -80,6 +81,8 @@ def half_precision(
     Raises:
         ParityError: It errs by more, or is not finite.
     """
+    import numpy as np
+
     quantize(source, target, "fp16")
     progress(f"comparing {source.name} in fp16 with fp32 in ONNX Runtime")
     exact, rough = open_graph(source), open_graph(target)
@@ -105,6 +108,8 @@ def half_precision(
 
 def random_feed(session: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs of a graph: random ids and values, masks of ones, positions from 0 on."""
+    import numpy as np
+
     generator = np.random.default_rng(0)
     kinds = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
     feed: dict[str, np.ndarray[Any, Any]] = {}

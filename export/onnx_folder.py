@@ -89,7 +89,8 @@ def export_onnx(
             answers as they do together. ``source`` is any checkpoint of the run.
         labels: Names of the classes, by index. Empty: the head's.
         precision: What the graph is written in: ``"fp32"``, ``"fp16"`` (for GPUs), ``"int8"`` (the fastest on a CPU),
-            ``"int8-weights"`` or ``"int4"`` (for decoders).
+            ``"int8-static"`` (for TensorRT; calibrated on the data of ``gate``), ``"int8-weights"`` or ``"int4"`` (for
+            decoders).
         gate: What a graph in fewer bits is held to; it needs a module of lightning_ft, which knows its metrics.
         opset: Version of the ONNX operators, 18 to 22. 20 is the first with a GELU node.
         max_length: Tokens in the longest text that is compared; at least 8.

@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
 from lightning_ft.export.extras import require
 from lightning_ft.export.parity import open_graph
 
 if TYPE_CHECKING:
+    import numpy as np
     from onnx import GraphProto, ModelProto, NodeProto
 
-Array = np.ndarray[Any, Any]
+    Array = np.ndarray[Any, Any]
+
 Method = Literal["minmax", "percentile", "entropy"]
 """How the range of an activation follows from what was seen of it.
 
@@ -218,6 +218,8 @@ class Watched:
         return {name: float(max(abs(edge) for edge in pairs[name][:2])) for name in self._largest}
 
     def _see(self, name: str, value: Array) -> None:
+        import numpy as np
+
         top = float(np.abs(value).max(initial=0))
         if not np.isfinite(top):
             raise ValueError(f"the activation {name} is not finite in calibration: look at the model and the data")
@@ -343,6 +345,8 @@ class _Writer:
         return self._node("DequantizeLinear", inputs, f"{name}.{reader}.dequantized")
 
     def _quantised(self, name: str, stem: str) -> str:
+        import numpy as np
+
         if name not in self.ranges:
             raise ValueError(f"ranges: {name} is not among them: calibrate the graph that is to be quantised")
         scale = self._constant(f"{stem}.scale", np.float32(self.ranges[name] / LARGEST or 1.0))
@@ -350,6 +354,7 @@ class _Writer:
         return self._node("QuantizeLinear", [name, scale, zero], f"{stem}.int8")
 
     def _weight(self, name: str, axis: int, stem: str) -> str:
+        import numpy as np
         from onnx import numpy_helper
 
         values = numpy_helper.to_array(self.weights[name])
@@ -365,5 +370,7 @@ class _Writer:
         return output
 
     def _constant(self, name: str, value: Any) -> str:
+        import numpy as np
+
         self.graph.initializer.append(require("onnx").numpy_helper.from_array(np.asarray(value), name))
         return name

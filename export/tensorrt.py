@@ -15,10 +15,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args
 
-from lightning_ft.core.files import atomic_file, atomic_folder, sha256
+from lightning_ft.core.files import atomic_file, sha256
+from lightning_ft.core.folders import atomic_folder
 from lightning_ft.core.report import Report
 from lightning_ft.export.extras import require
 from lightning_ft.export.graph_precision import check_precision, half_precision
+from lightning_ft.export.manifest import REPORT, is_export, read_report, seal
 from lightning_ft.export.profiles import Profile, Shapes, graph_axes, longest_input_of
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ FORMAT = 1
 EXTRA = "tensorrt"
 
 LEFT_OUT = (".onnx", ".data", ".engine")
-OWN = ("report.json", "README.md", METADATA)
+OWN = (REPORT, "README.md", METADATA)
 TURING = 80  # below it, TensorRT-RTX has no product of fp32 matrices
 
 
@@ -65,7 +67,8 @@ def build_tensorrt(
 
     Args:
         folder: What ``export_onnx`` wrote, of any head; several graphs, and graphs with a key-value cache, too.
-        out: Folder to create. It may exist if it is empty.
+        out: Folder to create. It may exist if it is empty, or holds an earlier export, which is then kept as
+            ``out.previous``.
         precision: That of the graphs by default.
         profile: The shapes to build for; ``Profile.of(token_lengths(data))`` finds them. By default one profile:
             batches of 1 to 32, tuned for 8, and sequences up to the longest that the model takes, tuned for a quarter;
@@ -83,7 +86,7 @@ def build_tensorrt(
 
     Raises:
         EngineError: TensorRT refuses a graph, with what it said, or does not start.
-        FileExistsError: ``out`` is a file or a folder that is not empty.
+        FileExistsError: ``out`` is a file, or a folder that holds something else than an export.
         FileNotFoundError: The folder has no graph.
         ImportError: No TensorRT is installed.
         ParityError: The graph in fp16 differs from the one in fp32.
@@ -106,7 +109,7 @@ def build_tensorrt(
     builder = _Builder(name, trt, tuple(capabilities), workspace, timing_cache, progress)
     rows: list[dict[str, Any]] = []
     entries: dict[str, Any] = {}
-    with atomic_folder(out) as place, tempfile.TemporaryDirectory() as scratch:
+    with atomic_folder(out, replace=is_export) as place, tempfile.TemporaryDirectory() as scratch:
         for path in graphs:
             wanted = precision or found[path.name]
             source = path
@@ -121,10 +124,10 @@ def build_tensorrt(
                 shutil.copyfile(file, place / file.name)
         known = {"format": FORMAT, **builder.facts(), "precision": rows[0]["precision"], "engines": entries}
         (place / METADATA).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-        facts = {"source": str(folder), **builder.facts(), "timing cache": builder.cache_fact()}
-        report = Report(f"Built {len(rows)} engine{'s' * (len(rows) > 1)} of {name}", facts, rows)
-        (place / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    return report
+        before = read_report(folder)
+        weights = {} if before is None else {"exported from": before.facts.get("source")}
+        facts = {"source": str(folder), **weights, **builder.facts(), "timing cache": builder.cache_fact()}
+        return seal(place, Report("Exported to TensorRT", facts, rows), out)
 
 
 def find_runtime(runtime: RuntimeName = "auto") -> tuple[str, ModuleType]:

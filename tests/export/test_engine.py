@@ -18,10 +18,10 @@ from lightning_ft.core.files import sha256
 from lightning_ft.export import Predictor, export_onnx
 from lightning_ft.export import engine as module
 from lightning_ft.export.engine import EngineSession, Gpu, check_gpu, find_gpu, load_engine
+from lightning_ft.export.generation import CausalDecoder, GenerationSettings, generate
 from lightning_ft.export.graph_precision import random_feed
 from lightning_ft.export.profiles import Profile, graph_axes, token_lengths
 from lightning_ft.export.tensorrt import EngineError, build_tensorrt
-from tests.export.decoder_graphs import gpt2_with_cache
 from tests.export.fake_tensorrt import FakeTensorRT
 from tests.export.test_gate import sentences
 from tests.pretrained import pretrained
@@ -80,31 +80,29 @@ def test_a_predictor_runs_on_it(exported: Path) -> None:
     assert fake.profiles == [1]
 
 
-def test_the_cache_of_a_decoder_stays_where_it_is(tmp_path: Path) -> None:
-    model = gpt2_with_cache(tmp_path / "graphs")
-    session, fake = opened(tmp_path / "graphs" / "model.onnx", *Profile.of_decoder([16], longest=32))
-    ids = torch.randint(2, 50, (1, 6), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        wanted = model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
-    names = [io.name for io in session.get_inputs() if io.name.startswith("past.")]
-    past = {name: torch.zeros(1, 2, 0, 8) for name in names}  # empty: without memory of their own
-    text, step, bound = ids, ids, []
-    for _ in range(8):
-        count = text.shape[1]
-        feed = {"input_ids": step, "attention_mask": torch.ones_like(text)}
-        feed["position_ids"] = torch.arange(count - step.shape[1], count)[None]
-        found = session.run_tensors({**feed, **past})
-        bound.append(fake.bound["past.0.key"])
-        past = {name: found[name.replace("past", "present")] for name in names}
-        assert past["past.0.key"].data_ptr() == fake.bound["present.0.key"]
-        step = found["logits"][:, -1:].argmax(-1)
-        # What the model forbids is forbidden here: it ends before its time by no token.
-        text = torch.cat([text, wanted[:, count : count + 1]], 1)
-        ended = int(step) == model.config.eos_token_id
-        assert ended or torch.equal(step, text[:, -1:])
-        step = text[:, -1:]
-    assert len(set(bound)) > 1
-    assert fake.profiles == [1]
+def test_a_decoder_writes_on_it(tmp_path: Path) -> None:
+    path = pretrained(tmp_path / "model", "gpt2", hf.AutoModelForCausalLM, initializer_range=0.2)
+    export_onnx(path, tmp_path / "out", max_length=16)
+    graph = tmp_path / "out" / "model.onnx"
+    session, fake = opened(graph, *Profile.of_decoder([16], (4,), longest=32))
+    ids = np.random.default_rng(0).integers(2, 50, (2, 6))
+    settings = GenerationSettings(max_new_tokens=8, min_new_tokens=8)
+    found = generate(CausalDecoder(session), ids, np.ones_like(ids), settings)
+    plain = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    assert (found == generate(CausalDecoder(plain), ids, np.ones_like(ids), settings)).all()
+    assert found.shape == (2, 8)
+    assert fake.profiles == [1]  # the prompt's first, then the tokens'
+
+
+def test_outputs_stay_where_they_were_written(exported: Path) -> None:
+    session, fake = opened(exported / "model.onnx", SHORT)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    feed = {"input_ids": ids, "attention_mask": ids.clone(), "token_type_ids": ids.clone()}
+    found = session.run_tensors(feed)
+    assert found["logits"].data_ptr() == fake.bound["logits"]
+    # Inputs that are there already are read where they are.
+    assert {name: value.data_ptr() for name, value in feed.items()}.items() <= fake.bound.items()
+    np.testing.assert_array_equal(session.run(None, feed)[0], found["logits"].numpy())
 
 
 def test_what_a_session_refuses(exported: Path) -> None:

@@ -15,7 +15,8 @@ from datasets import Dataset
 from onnx import TensorProto, helper, numpy_helper
 
 from lightning_ft.data import ClassificationData
-from lightning_ft.export import Gate, export_onnx, load_session
+from lightning_ft.export import Gate, Logits, export_onnx, load_session
+from lightning_ft.export.graphs import OneGraph
 from lightning_ft.export.judge import calibration_batches, judge
 from lightning_ft.export.quantize import quantizable, quantize
 from lightning_ft.export.static_quantize import Calibration, calibrate, static_nodes
@@ -234,7 +235,8 @@ def test_a_graph_is_judged_and_mended(tmp_path: Path) -> None:
     assert "calibrating by minmax: batch 1 of at most 5" in told
     # What was written is what passed.
     session = load_session(tmp_path / "out")
-    assert judge(module, data, session).metrics["val_accuracy"] == last["val_accuracy"]
+    replaced = OneGraph(Logits(module.model)).replacements(module, {"model.onnx": session})
+    assert judge(module, data, replaced).metrics["val_accuracy"] == last["val_accuracy"]
     # Other than in dynamic int8, a row's outputs are its own affair.
     generator = np.random.default_rng(0)
     ids = generator.integers(5, 60, (8, 6))

@@ -26,23 +26,33 @@ from lightning_ft.export.profiles import Profile, graph_axes
 from lightning_ft.export.quantize import quantize
 from lightning_ft.export.static_quantize import calibrate, static_nodes
 from lightning_ft.export.tensorrt import EngineError, build_tensorrt, find_runtime
-from tests.export.decoder_graphs import gpt2_with_cache, t5_in_three
 from tests.pretrained import pretrained
 
 PROFILE = Profile({"batch": (1, 2, 4), "sequence": (1, 8, 16)})
 STEPS = Profile.of_decoder([8], (2,), longest=16)
 
 
+def export(kind: Any, auto: Any, folder: Path, **options: Any) -> None:
+    export_onnx(pretrained(folder.parent / "model", kind, auto, **options), folder, max_length=16)
+
+
 def encoder(kind: Any, folder: Path) -> None:
-    path = pretrained(folder.parent / "model", kind, hf.AutoModelForSequenceClassification, initializer_range=0.2)
-    export_onnx(path, folder, max_length=16)
+    export(kind, hf.AutoModelForSequenceClassification, folder, initializer_range=0.2)
+
+
+def decoder(folder: Path) -> None:
+    export("gpt2", hf.AutoModelForCausalLM, folder, initializer_range=0.2)
+
+
+def encoder_decoder(folder: Path) -> None:
+    export("t5", hf.AutoModelForSeq2SeqLM, folder, num_layers=1, num_decoder_layers=1)
 
 
 GRAPHS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "bert": (lambda folder: encoder("bert", folder), PROFILE),
     "roberta": (lambda folder: encoder("roberta", folder), PROFILE),
-    "gpt2": (gpt2_with_cache, STEPS),
-    "t5": (t5_in_three, STEPS),
+    "gpt2": (decoder, STEPS),
+    "t5": (encoder_decoder, STEPS),
 }
 
 
@@ -143,7 +153,12 @@ def test_the_folder_has_all_that_runs_it(tmp_path: Path) -> None:
         assert (tmp_path / "engines" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     report = json.loads((tmp_path / "engines" / "report.json").read_text())
     known = json.loads((tmp_path / "engines" / "engine.json").read_text())
-    assert report["title"] == "Built 1 engine of tensorrt_rtx"
+    assert report["title"] == "Exported to TensorRT"
+    assert report["facts"]["files"]["model.engine"]["sha256"] == known["engines"]["model"]["sha256"]
+    # An earlier export is replaced, and kept beside.
+    again = build_tensorrt(tmp_path / "out", tmp_path / "engines", profile=PROFILE, capabilities=("SM120", "SM89"))
+    assert again.facts["version"] == 2
+    assert (tmp_path / "engines.previous" / "engine.json").is_file()
     assert known["capabilities"] == ["SM120", "SM89"]
     assert len(known["engines"]["model"]["profiles"]) == report["rows"][0]["profiles"] == 1  # two alike are one
     # By default: for every GPU from Ampere on, and up to what the model takes.
