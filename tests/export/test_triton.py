@@ -454,6 +454,6 @@ def test_whole_or_absent(exported: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         write_triton_repository(exported, tmp_path / "full")
     monkeypatch.setattr(triton_sources, "_rows", lambda *_: [])
-    with pytest.raises(ValueError, match=r"warmup_lengths=\[1\]: no row is known of so few tokens for text-class"):
-        write_triton_repository(exported, tmp_path / "out", warmup_lengths=[1])
+    with pytest.raises(ValueError, match=r"warmup_lengths=\[9\]: no row is known of so few tokens for text-class"):
+        write_triton_repository(exported, tmp_path / "out", warmup_lengths=[9])
     assert {path.name for path in tmp_path.iterdir()} == {"full"}
