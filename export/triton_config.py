@@ -43,8 +43,9 @@ class TensorSpec:
     dims: tuple[int, ...]
 
     def entry(self) -> dict[str, Any]:
-        """As a configuration has it."""
-        return {"name": self.name, "data_type": Symbol(f"TYPE_{self.kind}"), "dims": list(self.dims)}
+        """As a configuration has it. Of a number for each row Triton makes an axis of one, and takes it away again."""
+        entry = {"name": self.name, "data_type": Symbol(f"TYPE_{self.kind}"), "dims": list(self.dims) or [1]}
+        return entry if self.dims else {**entry, "reshape": {"shape": []}}
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,13 @@ def _shapes(service: Service, inputs: Sequence[TensorSpec], which: int) -> str:
     longest = service.max_length or 512
     rows = (1, max(1, service.max_batch_size // 2), service.max_batch_size)[which]
     tokens = (1, min(128, longest), longest)[which]
-    sizes = {1: (rows, tokens), 2: (rows, CHOICES[which], tokens)}
-    return ",".join(f"{spec.name}:{'x'.join(map(str, sizes[len(spec.dims)]))}" for spec in inputs)
+    found = []
+    for spec in inputs:
+        sizes = [size if size > 0 else CHOICES[which] for size in spec.dims]
+        if spec.dims and spec.dims[-1] < 0:
+            sizes[-1] = tokens
+        found.append(f"{spec.name}:{'x'.join(map(str, (rows, *sizes)))}")
+    return ",".join(found)
 
 
 def text_format(message: Mapping[str, Any], indent: str = "") -> str:

@@ -47,7 +47,8 @@ class Graph:
         request = pb_utils.InferenceRequest(
             model_name=self.name,
             requested_output_names=list(names),
-            inputs=[pb_utils.Tensor(name, value) for name, value in feed.items()],
+            # Triton wants an axis after the batch, also where the graph has none.
+            inputs=[pb_utils.Tensor(k, v if v.ndim > 1 else v.reshape(-1, 1)) for k, v in feed.items()],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = request.exec()

@@ -146,8 +146,8 @@ def _read_engine(place: Path, head: Mapping[str, Any]) -> Source:
         tuple(_spec(path, tensor["name"], tensor["type"], tensor["shape"]) for tensor in entry[name])
         for name in ("inputs", "outputs")
     )
-    # Of each input its least, its usual and its largest shape.
-    largest = [shapes[2] for profile in entry["profiles"] for shapes in profile.values()]
+    # Of an input its least, its usual and its largest shape.
+    largest = [profile["input_ids"][2] for profile in entry["profiles"]]
     engine = Engine(
         rows=max(shape[0] for shape in largest),
         tokens=max(shape[-1] for shape in largest),
@@ -210,7 +210,7 @@ def warm(source: Source, folder: Path, lengths: Sequence[int], batch_sizes: Sequ
         files = {name: f"{name}.{length}" for name in feed}
         for name, values in feed.items():
             (folder / files[name]).write_bytes(values[:1].tobytes())
-        shapes = {name: values.shape[1:] for name, values in feed.items()}
+        shapes = {name: values.shape[1:] or (1,) for name, values in feed.items()}
         found += [Warmup(size, shapes, files) for size in sorted(set(batch_sizes))]
     return found
 
@@ -242,10 +242,11 @@ def _rows(source: Source, text: str) -> list[Any]:
     patterns = source.head["settings"].get("patterns", ())
     columns = {name for pattern in patterns for name in re.findall(r"{(\w+)}", pattern)} - {"mask"}
     special = [token["content"] for token in _json(source.folder / "tokenizer.json")["added_tokens"]]
+    masks = [token for token in special if "mask" in token.lower() and source.head["task"] == "fill-mask"]
     return [
         *([dict.fromkeys(sorted(columns), text)] if columns else []),
+        *(f"{mask} {text}" for mask in masks),
         text,
-        *(f"{token} {text}" for token in special if "mask" in token.lower()),
         {"context": text, "choices": ["yes", "no"]},
         {"question": "Is it good?", "context": text},
     ]

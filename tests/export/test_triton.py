@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +274,24 @@ def test_weights_beside_the_graph_and_several_heads(exported: Path, tmp_path: Pa
     assert session.get_outputs()[0].name == "logits"
 
 
+def test_a_number_for_each_row(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An input of the graph with no axis but the batch, such as the pattern of a cloze: Triton has no such tensors."""
+    source = changed(exported, tmp_path / "in")
+    graph = onnx.load(source / "model.onnx")
+    del graph.graph.input[2].type.tensor_type.shape.dim[1]
+    onnx.save(graph, source / "model.onnx")
+    write_triton_repository(source, tmp_path / "out", device="gpu", engine_cache="/c", warmup_lengths=[8])
+    found = config(tmp_path / "out", "model_graph")
+    assert found["input"][2]["dims"] == [1]
+    assert found["input"][2]["reshape"] == [{}]
+    assert "token_type_ids:64'" in str(found["optimization"])
+    server = Fake(tmp_path / "out", monkeypatch)
+    server.fail = lambda feed: "seen"
+    with pytest.raises(RuntimeError, match="model_graph: seen"):
+        server.shipped.Graph("model_graph", []).run([], {"input_ids": np.zeros((3, 4)), "token_type_ids": np.zeros(3)})
+    assert server.runs == [{"input_ids": (3, 4), "token_type_ids": (3, 1)}]
+
+
 def test_on_a_gpu(exported: Path, tmp_path: Path) -> None:
     write_triton_repository(exported, tmp_path / "a", device="gpu")
     found = config(tmp_path / "a", "model_graph")
@@ -404,12 +425,35 @@ def test_graphs_that_cannot_be_served(exported: Path, tmp_path: Path) -> None:
         write_triton_repository(source, tmp_path / "out")
 
 
+def test_a_server_that_does_not_start_or_listen(exported: Path, tmp_path: Path) -> None:
+    """What `serve.py` does then: its status is the server's, and it can be stopped."""
+    write_triton_repository(exported, tmp_path / "out")
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "tritonserver"
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = [sys.executable, str(tmp_path / "out" / "serve.py"), "--http-port=1", "--x=y"]
+    program.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
+    program.chmod(0o755)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert f"--model-repository={tmp_path / 'out'} --model-control-mode=explicit --load-model=*" in done.stdout
+    assert done.stdout.rstrip().endswith("--http-port=1 --x=y")
+    program.write_text("#!/bin/sh\ntrap 'exit 0' TERM\necho up\nwhile :; do sleep 0.1; done\n")
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stdout.readline() == "up\n"
+        run.terminate()
+        assert run.wait(60) == 0
+        assert "stopping at once" in run.stderr.read()
+
+
 def test_whole_or_absent(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
         write_triton_repository(exported, tmp_path / "full")
     monkeypatch.setattr(triton_sources, "_rows", lambda *_: [])
-    with pytest.raises(ValueError, match=r"warmup_lengths=\[1\]: no row is known of so few tokens for text-class"):
-        write_triton_repository(exported, tmp_path / "out", warmup_lengths=[1])
+    with pytest.raises(ValueError, match=r"warmup_lengths=\[9\]: no row is known of so few tokens for text-class"):
+        write_triton_repository(exported, tmp_path / "out", warmup_lengths=[9])
     assert {path.name for path in tmp_path.iterdir()} == {"full"}

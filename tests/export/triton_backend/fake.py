@@ -122,9 +122,9 @@ class Fake:
         spec = importlib.util.spec_from_file_location("shipped_model", repository / name / "1" / "model.py")
         assert spec is not None
         assert spec.loader is not None
-        shipped = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(shipped)
-        self.model = shipped.TritonPythonModel()
+        self.shipped: Any = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.shipped)
+        self.model = self.shipped.TritonPythonModel()
         place = str(repository / name)
         self.model.initialize(
             {"model_config": json.dumps(as_json), "model_repository": place, "model_version": "1", "model_name": name}
