@@ -302,7 +302,6 @@ def test_1000_malformed_requests(server: Server, out: Path) -> None:
         assert status == 200
         assert_same([body], [wanted[group]])
         memory.append(server.memory())
-    print(statuses, [size >> 20 for size in memory])
     assert sum(statuses.values()) == 1000
     assert set(statuses) <= {None, 400, 404, 405, 413, 415, 422, 503}, statuses
     assert min(statuses[code] for code in (404, 405, 413, 415, 422)) > 5, statuses
