@@ -27,6 +27,13 @@ if __name__ == "__main__":  # worker processes import this file, too
 '''
 USER = 10001
 
+# LitServe asks for the key even here, where one is set.
+HEALTHCHECK = """\
+HEALTHCHECK --interval=30s --timeout=5s --start-period=120s --retries=3 \\
+    CMD ["python", "-c", "import os; from urllib.request import Request, urlopen; \\
+    key = {{'X-API-Key': os.getenv('LIT_SERVER_API_KEY', '')}}; \\
+    urlopen(Request('http://127.0.0.1:8000/health', None, key), None, 4)"]"""
+
 DOCKERFILE = f"""\
 # docker build -t model . && docker run --rm -p 8000:8000 --read-only --tmpfs /tmp model
 FROM {{image}} AS packages
@@ -41,8 +48,7 @@ COPY . .
 ENV PATH=/packages/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER {USER}:{USER}
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=120s --retries=3 \\
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+{HEALTHCHECK}
 ENTRYPOINT ["python", "serve.py", "--host", "0.0.0.0"]
 """
 
@@ -63,8 +69,7 @@ COPY . .
 ENV PATH=/packages/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER {USER}:{USER}
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=120s --retries=3 \\
-    CMD ["python", "-c", "from urllib.request import urlopen; urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+{HEALTHCHECK}
 ENTRYPOINT ["python", "serve.py", "--host", "0.0.0.0", "--provider", "cuda"]
 """
 

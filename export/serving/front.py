@@ -103,16 +103,16 @@ class Front:
     async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         coding = headers.get("content-encoding", "identity").strip().lower()
-        length = headers.get("content-length", "0")
+        announced = _length(headers)
         refusal = None
         if kind != "application/json" or coding != "identity":
             refusal = RefusalError(415, "content-type", "application/json, not compressed", "something else")
-        elif length.isdigit() and int(length) > self.limits.body:
-            refusal = RefusalError(413, "body", f"{self.limits.body} bytes at most", length)
+        elif announced > self.limits.body:
+            refusal = RefusalError(413, "body", f"{self.limits.body} bytes at most", f"{announced}")
         try:
             if refusal is None:
                 return await asyncio.wait_for(self._collect(receive), self.read_timeout)
-            if length.isdigit() and int(length) <= DRAIN:
+            if announced <= DRAIN:
                 await asyncio.wait_for(_drain(receive), self.read_timeout)
             raise refusal
         except asyncio.TimeoutError:
@@ -196,6 +196,12 @@ async def _drain(receive: Receive) -> None:
 
 def _headers(scope: Message) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _length(headers: Mapping[str, str]) -> int:
+    """Bytes that a body is said to have; 0 where nothing, or nonsense, is said."""
+    text = headers.get("content-length", "")
+    return int(text[:20]) if text.isdecimal() else 0
 
 
 def _dump(value: Any) -> bytes:

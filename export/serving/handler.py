@@ -2,7 +2,8 @@
 
 An endpoint's toolkit imports ``handler.py`` from the root of a model repository, makes one ``EndpointHandler`` and
 calls it with the parsed JSON of each request (https://huggingface.co/docs/inference-endpoints/guides/custom_handler).
-What is raised goes back to the client as an error.
+What is raised goes back to the client as an error. Choose "Custom" as the endpoint's framework: of a PyTorch model the
+toolkit leaves out ``*.onnx`` when it fetches the repository.
 """
 
 from __future__ import annotations

@@ -255,6 +255,7 @@ def _named_texts(row: Mapping[str, Any], field: str, task: Task) -> list[tuple[s
     texts: list[tuple[str, Any]] = []
     for number, (name, value) in enumerate(row.items()):
         where = f"{dot}{name}" if task.fields else f"{field}[field {number}]"
+        _check_text(where, name)
         if value is None and task.fields and name not in task.needed and len(row) > 1:
             continue
         if name in task.lists and (not isinstance(value, list) or not value):

@@ -104,6 +104,7 @@ def test_refusals_of_other_tasks() -> None:
         ("question-answering", {"question": "a"}, "context: expected a row such as .*, got no such field"),
         ("question-answering", {"rows": ["a"]}, r"rows\[0\]: expected a row such as .*, got a text of 1 characters"),
         ("own-task", {"secret": 3}, r"\[field 0\]: expected a text, got a number"),
+        ("own-task", {"\ud800": "a"}, r"\[field 0\]: expected Unicode text, got half a surrogate pair"),
         ("own-task", {"a": ["b", {}]}, r"\[field 0\]\[1\]: expected a text, got an empty object"),
     ):
         with pytest.raises(RefusalError, match=message):

@@ -44,11 +44,11 @@ class Server:
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self.process, self.port, self.log = process, port, log
 
-    def ask(self, body: Any, path: str = "/predict") -> tuple[int, Any, dict[str, str]]:
+    def ask(self, body: Any, patience: float = 60.0) -> tuple[int, Any, dict[str, str]]:
         """Post JSON: status, parsed answer, headers."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=patience)
         try:
-            connection.request("POST", path, json.dumps(body), JSON)
+            connection.request("POST", "/predict", json.dumps(body), JSON)
             answer = connection.getresponse()
             headers = {name.lower(): value for name, value in answer.getheaders()}
             return answer.status, json.loads(answer.read()), headers
@@ -136,10 +136,10 @@ def _port(process: subprocess.Popen[bytes], log: Path) -> int:
 def run(out: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Starts a server of the folder, with arguments."""
 
-    def start(*arguments: str) -> Any:
+    def start(*arguments: str, **variables: str) -> Any:
         log = tmp_path_factory.mktemp("log") / "log.txt"
         command = [sys.executable, str(out / "serve.py"), "--port", "0", "--threads", "1", *arguments]
-        return started(command, environment, log)
+        return started(command, {**environment, **variables}, log)
 
     return start
 
@@ -170,6 +170,17 @@ def test_pages(server: Server) -> None:
     assert json.loads(server.get("/openapi.json")[1])["paths"].keys() == {"/predict", "/health", "/info", "/"}
     assert server.get("/docs")[0] == server.get("/redoc")[0] == 404
     assert len(server.workers()) == 2
+
+
+def test_health_check_of_the_image(run: Callable[..., Any], out: Path, environment: dict[str, str]) -> None:
+    """Also where LitServe asks for a key."""
+    text = re.sub(r"\\\n", "", (out / "Dockerfile").read_text())
+    (check,) = re.findall(r"HEALTHCHECK .*? CMD (\[.*\])", text)
+    key = {"LIT_SERVER_API_KEY": "abc"}
+    with run(**key) as server:
+        command = [sys.executable, *json.loads(check.replace(":8000/", f":{server.port}/"))[1:]]
+        assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL, check=False).returncode == 1
+        assert subprocess.run(command, env={**environment, **key}, check=False).returncode == 0
 
 
 def test_200_at_once(server: Server, out: Path) -> None:
@@ -291,7 +302,6 @@ def test_1000_malformed_requests(server: Server, out: Path) -> None:
         assert status == 200
         assert_same([body], [wanted[group]])
         memory.append(server.memory())
-    print(statuses, [size >> 20 for size in memory])
     assert sum(statuses.values()) == 1000
     assert set(statuses) <= {None, 400, 404, 405, 413, 415, 422, 503}, statuses
     assert min(statuses[code] for code in (404, 405, 413, 415, 422)) > 5, statuses
@@ -366,7 +376,7 @@ def test_a_dead_worker_is_replaced(run: Callable[..., Any]) -> None:
         (worker,) = server.workers()
         os.kill(worker, signal.SIGSTOP)
         with ThreadPoolExecutor(1) as pool:
-            lost = pool.submit(server.ask, {"text": "a film"})
+            lost = pool.submit(server.ask, {"text": "a film"}, patience=40.0)  # the last resort comes after 60
             time.sleep(0.5)
             os.kill(worker, signal.SIGKILL)
             end = time.monotonic() + 60
