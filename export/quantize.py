@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import tempfile
@@ -162,6 +163,8 @@ def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:
 def _quiet() -> Iterator[None]:
     """Without ONNX Runtime's advice, which is about its command line, and what it says of each node."""
     root, level = logging.getLogger(), logging.getLogger().level
+    # It sets the level of all logging when it is first imported.
+    importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     try:
         root.setLevel(logging.ERROR)
         with warnings.catch_warnings():
