@@ -157,10 +157,9 @@ def _export(
             with attention(model, "eager"):
                 trace(wrapper.eval(), samples[name], opset=opset).save(folder / name)
             onnx.checker.check_model(folder / name)
-    exported = time.perf_counter()
-    progress(f"comparing {len(probes)} shapes in ONNX Runtime")
-    sessions = {name: open_graph(folder / name) for name in graphs.files}
-    with inference_state(model):
+        exported = time.perf_counter()
+        progress(f"comparing {len(probes)} shapes in ONNX Runtime")
+        sessions = {name: open_graph(folder / name) for name in graphs.files}
         rows = check_parity(
             partial(graphs.run, sessions),
             probes,
@@ -170,6 +169,7 @@ def _export(
             rounding=graphs.rounding,
         )
         proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
+    del sessions
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
         trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)

@@ -17,7 +17,7 @@ import torch
 import transformers as hf
 
 from lightning_ft.data import LanguageModelingData, Seq2SeqData
-from lightning_ft.export import Gate, GateError, ParityError, export_onnx
+from lightning_ft.export import Gate, ParityError, export_onnx
 from lightning_ft.export.generation import CausalDecoder, GenerationSettings
 from lightning_ft.export.generative_graphs import CausalGraphs, Seq2SeqGraphs, generation_settings
 from lightning_ft.export.heads import own_head
@@ -294,9 +294,6 @@ def test_a_decoder_in_fewer_bits_is_judged(written: Callable[[str], Written], tm
     made = written("gpt2")
     data = LanguageModelingData(str(made.source), val=lines(12), text="source", objective="clm", max_length=16)
     module = CausalLM(made.source).eval()
-    with pytest.raises(GateError, match=r"(?s)in int4 the graph loses more than max_drop=0 of val_perplexity"):
-        export_onnx(module, tmp_path / "none", precision="int4", gate=Gate(data, max_drop=0.0), max_length=16)
-    assert not (tmp_path / "none").exists()
     out = tmp_path / "out"
     report = export_onnx(module, out, precision="int8-weights", gate=Gate(data, max_drop=0.2), max_length=16)
     full, small = report.facts["gate"]
