@@ -150,9 +150,18 @@ def _int8(model: ModelProto, target: Path, keep: Collection[str], *, large: bool
 
 def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
+    # It knows no Gemm, which GPT-2's layers are.
+    whole = ONNXModel(model)
+    whole.replace_gemm_with_matmul()
     quantizer = MatMulNBitsQuantizer(
-        model, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=list(keep)
+        whole.model,
+        bits=bits,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=4,
+        nodes_to_exclude=[*keep, *(f"{name}_MatMul" for name in keep)],
     )
     quantizer.process()
     result: ModelProto = quantizer.model.model

@@ -50,7 +50,7 @@ def test_int4_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert 0 < abs(small["drop"]) < 0.5
     # Random weights may lose nothing.
     monkeypatch.setattr("lightning_ft.export.genai.drop", lambda *_: 0.3)
-    with pytest.raises(GateError, match="in int4 the graph loses 0.3 of val_perplexity, more than max_drop=0.2"):
+    with pytest.raises(GateError, match=r"in int4 the graph loses 0\.3 of val_perplexity, more than max_drop=0\.2"):
         export_genai(source, tmp_path / "none", precision="int4", gate=Gate(data, max_drop=0.2))
     assert not (tmp_path / "none").exists()
 
