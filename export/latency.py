@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lightning_ft.export.extras import require
 from lightning_ft.export.generation import CausalDecoder, EncoderDecoder, GenerationSettings, generate
 from lightning_ft.export.heads import open_source
 from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(chosen.threads)
     if chosen.runtime != "onnx":
         prepare = of_model(chosen.path, chosen.runtime, chosen.task)
+    elif (chosen.path / "genai_config.json").is_file():
+        prepare = of_genai(chosen.path, chosen.threads)
     elif (head := _head(chosen.path)).get("task") in GENERATES:
         prepare = of_generator(chosen.path, head["settings"], chosen.threads)
     else:
@@ -98,6 +101,31 @@ def of_generator(folder: Path, settings: Mapping[str, Any], threads: int) -> Pre
             else EncoderDecoder(encoder, sessions["decoder"], start=start)
         )
         return lambda: generate(decoder, ids, mask, chosen)
+
+    return prepare
+
+
+def of_genai(folder: Path, threads: int) -> Prepare:
+    """The same in onnxruntime-genai."""
+    runtime: Any = require("onnxruntime_genai", extra="genai")
+    config = runtime.Config(str(folder))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = runtime.Model(config)
+
+    def prepare(batch: int, length: int) -> Step:
+        ids = _values("input_ids", [batch, length], _vocabulary(folder)).int().numpy()
+
+        def step() -> object:
+            params = runtime.GeneratorParams(model)
+            whole = length + NEW_TOKENS
+            params.set_search_options(max_length=whole, min_length=whole, do_sample=False, batch_size=batch)
+            generator = runtime.Generator(model, params)
+            generator.append_tokens(ids)
+            for _ in range(NEW_TOKENS):
+                generator.generate_next_token()
+            return generator
+
+        return step
 
     return prepare
 

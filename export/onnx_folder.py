@@ -196,6 +196,7 @@ def _export(
             rounding=graphs.rounding,
         )
         proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
+    del sessions
     trials: list[dict[str, Any]] = []
     if gate is not None and part.module is not None:
         trials = gate.reduce(folder, graphs, precision, part.module, progress=progress)

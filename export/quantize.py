@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import tempfile
@@ -167,9 +168,18 @@ def _int8(model: ModelProto, target: Path, keep: Collection[str], *, large: bool
 
 def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
 
+    # It knows no Gemm, which GPT-2's layers are.
+    whole = ONNXModel(model)
+    whole.replace_gemm_with_matmul()
     quantizer = MatMulNBitsQuantizer(
-        model, bits=bits, block_size=BLOCK, is_symmetric=True, accuracy_level=4, nodes_to_exclude=list(keep)
+        whole.model,
+        bits=bits,
+        block_size=BLOCK,
+        is_symmetric=True,
+        accuracy_level=4,
+        nodes_to_exclude=[*keep, *(f"{name}_MatMul" for name in keep)],
     )
     quantizer.process()
     result: ModelProto = quantizer.model.model
@@ -180,6 +190,8 @@ def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:
 def _quiet() -> Iterator[None]:
     """Without ONNX Runtime's advice, which is about its command line, and what it says of each node."""
     root, level = logging.getLogger(), logging.getLogger().level
+    # It sets the level of all logging when it is first imported.
+    importlib.import_module("onnxruntime.quantization.matmul_nbits_quantizer")
     try:
         root.setLevel(logging.ERROR)
         with warnings.catch_warnings():

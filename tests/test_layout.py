@@ -35,7 +35,7 @@ THIRD_PARTY = {
     "plugins": {"torch", "lightning"},
     "data": {"torch", "lightning"},
     "modules": {"torch", "lightning", "torchmetrics"},
-    "export": {"torch", "lightning"},
+    "export": {"torch", "lightning", "numpy"},
 }
 
 

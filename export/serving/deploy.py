@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_ft.core.files import atomic_file, sha256
 from lightning_ft.core.report import Report
+from lightning_ft.export.bundle import bundle
 
 MODULES = ("rows", "page", "front", "api", "server")
 RUNTIME = ("numpy", "onnxruntime", "tokenizers")
@@ -158,7 +159,7 @@ def launch(arguments: Sequence[str]) -> int:
         The exit code: 0 after SIGTERM or Ctrl-C.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_ft_serve_") as place:
-        for name, text in {**server_files(), "predictor.py": _source("lightning_ft.export.predictor")}.items():
+        for name, text in {**server_files(), "predictor.py": bundle("lightning_ft.export.predictor")}.items():
             path = Path(place, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")

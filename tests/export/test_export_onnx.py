@@ -21,9 +21,9 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoModelForNextSentencePrediction,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GPT2DoubleHeadsModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -374,8 +374,8 @@ def test_bad_models(tmp_path: Path) -> None:
     refuses(ValueError, r"expected all weights on one device, got meta", tiny_model().to("meta"))
     bare = AutoModel.from_config(tiny_model().config)
     refuses(TypeError, r"whose output has logits, got BertModel: load it with", bare, head=Head("mine", Logits))
-    unknown = AutoModelForNextSentencePrediction.from_config(tiny_model().config)
-    refuses(TypeError, r"model: BertForNextSentencePrediction is none of .*…ForMaskedLM", unknown)
+    paired = GPT2DoubleHeadsModel(tiny_model("gpt2", **GPT2).config)
+    refuses(TypeError, r"model: GPT2DoubleHeadsModel is none of .*…ForMaskedLM", paired)
     refuses(ValueError, r"expected ids below the model's 50 embeddings, got 59", tiny_model(**USUAL, vocab_size=50))
     decoder = tiny_model("gpt2", **{**GPT2, "pad_token_id": None})
     refuses(ValueError, r"model.config.pad_token_id=None: set .*model.config.pad_token_id = tokenizer", decoder)

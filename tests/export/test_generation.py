@@ -104,7 +104,7 @@ def test_tokens_are_those_of_generate(kind: str, written: Callable[[str], Writte
             got = generate(decoder, ids.numpy(), mask.numpy(), settings)
             assert got.tolist() == wanted.tolist(), (choice, beams)
             texts |= {tuple(row) for row in got.tolist()}
-    assert len(texts) > 25  # the settings matter
+    assert len(texts) > 15  # the settings matter
 
 
 def test_a_text_does_not_depend_on_its_batch(written: Callable[[str], Written]) -> None:

@@ -16,9 +16,13 @@ import pytest
 import torch
 import transformers as hf
 
-from lightning_ft.export import ParityError, Predictor, export_onnx
+from lightning_ft.data import LanguageModelingData, Seq2SeqData
+from lightning_ft.export import Gate, ParityError, Predictor, export_onnx
 from lightning_ft.export.generation import CausalDecoder, GenerationSettings
-from lightning_ft.export.generative_graphs import CausalGraphs, generation_settings
+from lightning_ft.export.generative_graphs import CausalGraphs, Seq2SeqGraphs, generation_settings
+from lightning_ft.export.heads import own_head
+from lightning_ft.export.judge import drop, judge
+from lightning_ft.export.quantize import quantizable, quantize
 from lightning_ft.modules import CausalLM, Seq2Seq
 from tests.export.conftest import Written
 from tests.export.test_export_onnx import tiny_tokenizer
@@ -274,3 +278,105 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     model.generation_config.bos_token_id = None
     with pytest.raises(ValueError, match="T5ForConditionalGeneration has no decoder_start_token_id"):
         export_onnx(model, tmp_path / "out", tokenizer=left_tokenizer())
+
+
+# ---- fewer bits
+
+
+def lines(count: int) -> Any:
+    from datasets import Dataset
+
+    words = " ".join(CORPUS).split()
+    texts = [" ".join(words[i % 40 : i % 40 + 4 + i % 9]) for i in range(count)]
+    return Dataset.from_dict({"source": texts, "target": [text[: 4 + i % 7] for i, text in enumerate(texts)]})
+
+
+def test_a_decoder_in_fewer_bits_is_judged(written: Callable[[str], Written], tmp_path: Path) -> None:
+    made = written("gpt2")
+    data = LanguageModelingData(str(made.source), val=lines(12), text="source", objective="clm", max_length=16)
+    module = CausalLM(made.source).eval()
+    out = tmp_path / "out"
+    report = export_onnx(module, out, precision="int8-weights", gate=Gate(data, max_drop=0.2), max_length=16)
+    full, small = report.facts["gate"]
+    # The fp32 graph does what the module does, padded or not.
+    assert full["val_perplexity"] == pytest.approx(judge(module, data).metrics["val_perplexity"], rel=1e-4)
+    assert small["drop"] == pytest.approx(small["val_perplexity"] / full["val_perplexity"] - 1)
+    assert small["val_perplexity"] != full["val_perplexity"]
+    assert small["drop"] <= 0.2
+    kinds = [node.op_type for node in onnx.load(out / "model.onnx").graph.node]
+    # The output layer too, whose weight is the embedding table: four products a layer and one.
+    assert kinds.count("MatMulNBits") == 3 * 4 + 1
+    assert Predictor(out, settings={"generation": {"max_new_tokens": 3}})("the film")["text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_encoder_decoder_in_fewer_bits_is_judged(written: Callable[[str], Written], tmp_path: Path) -> None:
+    made = written("t5")
+    data = Seq2SeqData(str(made.source), val=lines(8), max_length=16, max_target_length=8)
+    module = Seq2Seq(made.source, max_new_tokens=4).eval()
+    gate = Gate(data, max_drop=1.0 - 1e-9, metric="val_rouge1")
+    report = export_onnx(module, tmp_path / "out", precision="int8", gate=gate, max_length=16)
+    full, small = report.facts["gate"]
+    own = judge(module, data).metrics
+    assert full["val_rouge1"] == pytest.approx(own["val_rouge1"], abs=1e-6)
+    assert small["precision"] == "int8"
+    sessions = {part: open_cpu(tmp_path / "out" / part) for part in ("encoder.onnx", "decoder.onnx")}
+    graphs = own_head(module).wrap(module.model)
+    assert isinstance(graphs, Seq2SeqGraphs)
+    found = judge(module, data, graphs.replacements(module, sessions)).metrics
+    assert found["val_loss"] != own["val_loss"]
+    assert found["val_loss"] == pytest.approx(own["val_loss"], rel=0.2)
+    assert "generate" not in vars(module)
+
+
+def test_what_a_drop_is() -> None:
+    module: Any = object()
+    assert drop(module, "val_perplexity", 10.0, 11.0) == pytest.approx(0.1)
+    assert drop(module, "val_loss", 2.0, 2.01) == pytest.approx(0.01)
+    assert drop(module, "val_accuracy", 0.9, 0.8) == pytest.approx(0.1)
+
+
+def test_a_tied_table_is_quantised_where_it_multiplies_alone(tmp_path: Path) -> None:
+    """As exporters leave large ones: the table transposed in the graph."""
+    helper, numpy_helper = onnx.helper, onnx.numpy_helper
+    table = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["states"]),
+        helper.make_node("Transpose", ["table"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["states", "turned"], ["logits"], name="product"),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [value("ids", onnx.TensorProto.INT64, ["n"])],
+        [value("logits", onnx.TensorProto.FLOAT, ["n", 64])],
+        [numpy_helper.from_array(table, "table")],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "tied.onnx")
+    assert "product" in quantizable(onnx.load(tmp_path / "tied.onnx"))
+    ids = np.arange(5)
+    for precision in ("int4", "int8-weights"):
+        quantize(tmp_path / "tied.onnx", tmp_path / "small.onnx", precision)  # type: ignore[arg-type]
+        small = onnx.load(tmp_path / "small.onnx")
+        assert [node.op_type for node in small.graph.node] == ["Gather", "MatMulNBits"]
+        np.testing.assert_array_equal(numpy_helper.to_array(small.graph.initializer[0]), table)
+        (got,) = open_cpu(tmp_path / "small.onnx").run(None, {"ids": ids})
+        wanted = table[ids] @ table.T
+        assert np.abs(got - wanted).max() < (1.5 if precision == "int4" else 0.15) * np.abs(wanted).std()
+
+
+def test_graphs_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Any) -> None:
+    """The same tokens' logits from weights beside the graph, in each precision."""
+    monkeypatch.setattr(importlib.import_module("lightning_ft.export.quantize"), "LARGE", 1000)
+    made = written("gpt2")
+    ids = np.array([[5, 9, 30]])
+    wanted = CausalDecoder(open_cpu(made.folder / "model.onnx")).begin(ids, np.ones_like(ids))
+    for precision in ("fp32", "fp16", "int8", "int8-weights", "int4"):
+        place = tmp_path / precision
+        place.mkdir()
+        quantize(made.folder / "model.onnx", place / "model.onnx", precision)
+        assert (place / "model.onnx.data").stat().st_size > 1000
+        got = CausalDecoder(open_cpu(place / "model.onnx")).begin(ids, np.ones_like(ids))
+        assert np.abs(got - wanted).max() < (0.6 if precision in ("int4", "int8") else 0.1) * np.abs(wanted).max()
