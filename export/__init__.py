@@ -10,8 +10,9 @@ from lightning_ft.export.hf_folder import export_hf
 from lightning_ft.export.onnx_folder import export_onnx
 from lightning_ft.export.parity import ParityError, load_session
 from lightning_ft.export.predictor import Predictor
-from lightning_ft.export.profiles import Profile
+from lightning_ft.export.profiles import Profile, token_lengths
 from lightning_ft.export.reading_settings import reading_settings
+from lightning_ft.export.serving.deploy import launch, write_deployment
 from lightning_ft.export.static_quantize import Calibration
 from lightning_ft.export.tensorrt import EngineError, build_tensorrt
 from lightning_ft.export.timing import measure_latency
@@ -37,10 +38,13 @@ __all__ = [
     "export_genai",
     "export_hf",
     "export_onnx",
+    "launch",
     "load_engine",
     "load_session",
     "measure_latency",
     "reading_settings",
+    "token_lengths",
     "verify",
+    "write_deployment",
     "write_triton_repository",
 ]

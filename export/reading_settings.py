@@ -73,7 +73,11 @@ def reading_settings(data: LightningDataModule) -> dict[str, Any]:
     if isinstance(data, known.ClozeData):
         contexts, room = data.evaluation_contexts()
         return {"max_length": data.max_length, "contexts": contexts, "context_room": room}
-    if isinstance(data, known.ClassificationData | known.MultipleChoiceData | known.LanguageModelingData):
+    if isinstance(data, known.InstructionData) or getattr(data, "objective", None) == "clm":
+        return {}  # training texts are chunks of a length that says nothing of prompts
+    if isinstance(
+        data, known.ClassificationData | known.MultipleChoiceData | known.LanguageModelingData | known.Seq2SeqData
+    ):
         return {"max_length": data.max_length}
     raise TypeError(f"data: {type(data).__name__} is of no task whose rows an exported folder reads by itself")
 

@@ -125,8 +125,9 @@ def build_tensorrt(
         known = {"format": FORMAT, **builder.facts(), "precision": rows[0]["precision"], "engines": entries}
         (place / METADATA).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         before = read_report(folder)
-        weights = {} if before is None else {"exported from": before.facts.get("source")}
-        facts = {"source": str(folder), **weights, **builder.facts(), "timing cache": builder.cache_fact()}
+        # Of a folder of other hands only its path is known.
+        source = {"path": str(folder)} if before is None else before.facts["source"]
+        facts = {"source": source, "built from": str(folder), **builder.facts(), "timing cache": builder.cache_fact()}
         return seal(place, Report("Exported to TensorRT", facts, rows), out)
 
 

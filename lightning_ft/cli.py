@@ -63,7 +63,9 @@ further commands, with --help of their own:
   lightning-ft fisher --config CONFIG --ckpt_path CKPT --out FILE
                                            how much each parameter matters to a task, for EWC
   lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
-  lightning-ft benchmark FOLDER ...        time exported models beside the same model in PyTorch
+  lightning-ft verify OUT [--source CHECKPOINT]   is it still what was exported?
+  lightning-ft serve OUT                   answer over HTTP what the folder's model knows
+  lightning-ft benchmark OUT ...           time exported models beside the same model in PyTorch
   lightning-ft soup CHECKPOINT ... --out OUT   average fine-tuned checkpoints, all or greedily (--greedy)
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """

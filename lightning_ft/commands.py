@@ -1,18 +1,25 @@
-"""The commands of ``lightning-ft`` that are none of the trainer's: export, benchmark, soup, demo."""
+"""The commands of ``lightning-ft`` that are none of the trainer's: export, verify, serve, benchmark, soup, demo."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, auto_cli
 from typing_extensions import override
 
 from lightning_ft.cli import FineTuningCLI, run
+
+if TYPE_CHECKING:
+    from lightning_ft.core.report import Report
+    from lightning_ft.export import Gate
 
 
 class _Built(FineTuningCLI):
@@ -27,54 +34,170 @@ def export(
     source: str,
     out: str,
     *,
-    to: Literal["onnx", "hf"] = "onnx",
-    precision: Literal["fp32", "fp16", "int8", "int8-weights", "int4"] = "fp32",
+    to: Literal["onnx", "tensorrt", "triton", "genai", "hf"] = "onnx",
+    precision: Literal["fp32", "fp16", "int8", "int8-static", "int8-weights", "int4"] = "fp32",
     data: str | None = None,
     max_drop: float = 0.005,
     metric: str | None = None,
+    members: str | None = None,
     opset: int = 20,
     max_length: int = 128,
+    tolerance: float = 1e-5,
+    name: str = "model",
+    device: Literal["cpu", "gpu"] = "cpu",
+    deploy: bool = False,
 ) -> None:
     """Write a folder for serving, proved equal to the source before anything is left in OUT.
 
     Args:
-        source: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``) or a Hugging Face folder.
-        out: The folder to create.
-        to: ONNX, or a Hugging Face folder.
-        precision: Of the ONNX graph. Below fp32 the validation data of ``--data`` judge it.
-        data: Configuration of the run: its validation data.
+        source: A checkpoint of a lightning_ft module (``runs/run_0/checkpoints/last.ckpt``) or a Hugging Face folder;
+            for TensorRT and Triton also a folder that was exported to ONNX.
+        out: The folder to create. An earlier export there is replaced when the new one is whole, and kept beside it.
+        to: ONNX; engines of TensorRT; a model repository of Triton; onnxruntime-genai; or a Hugging Face folder.
+        precision: Of the graph. Below fp32 the validation data of ``--data`` judge it.
+        data: Configuration of the run: its data judge and calibrate, give TensorRT the lengths to expect, and the
+            folder the windows in which long texts are read.
         max_drop: How much of the task's metric a graph in fewer bits may lose; 0.005 is half a point.
         metric: The metric that counts, such as ``val_f1``; by default the usual one of the task.
+        members: A folder of snapshots, whose mean answer becomes the graph.
         opset: ONNX operator set.
         max_length: Longest input, in tokens, for which equality is proved.
+        tolerance: Largest error of the graph in fp32, relative to the largest logit.
+        name: Of the model in a Triton repository.
+        device: What Triton runs the graph on.
+        deploy: Also write Dockerfiles, an AWS Lambda function and a Hugging Face endpoint handler into OUT.
     """
-    from lightning_ft.export import Gate, export_hf, export_onnx
+    from lightning_ft.export import export_genai, export_hf
 
+    if deploy and to != "onnx":
+        raise ValueError(f"--deploy writes what runs an ONNX folder, and --to is {to}: leave one of them out")
     if to == "hf":
         print(export_hf(source, out))
         return
-    if precision != "fp32" and data is None:
+    built = None if data is None else _built(data, source)
+    gate = _gate(precision, built, max_drop, metric)
+    if to == "genai":
+        if precision not in ("fp32", "int8", "int4"):
+            raise ValueError(f"--precision {precision}: onnxruntime-genai has fp32, int8 and int4")
+        print(export_genai(source, out, precision=precision, gate=gate, max_length=max_length, progress=_say))
+        return
+    graph = partial(
+        _graph,
+        source,
+        built=built,
+        precision=precision,
+        gate=gate,
+        members=members,
+        opset=opset,
+        max_length=max_length,
+        tolerance=tolerance,
+    )
+    if to == "onnx":
+        print(graph(out))
+        if deploy:
+            _deploy(Path(out))
+        return
+    with _exported(source, out, graph) as folder:
+        print(_engines(folder, out, built, max_length) if to == "tensorrt" else _repository(folder, out, name, device))
+
+
+def _built(data: str, source: str) -> FineTuningCLI:
+    """The data of a run, with the labels of a checkpoint, so that no training file is needed."""
+    path = ["--ckpt_path", source] if Path(source).is_file() else []
+    return run(["validate", "--config", str(data), *path], cli_class=_Built)
+
+
+def _gate(precision: str, built: FineTuningCLI | None, max_drop: float, metric: str | None) -> Gate | None:
+    from lightning_ft.export import Gate
+
+    if precision == "fp32":
+        return None
+    if built is None:
         raise ValueError(
             f"--precision {precision} is judged on validation data: name the run's configuration with --data, such as "
             "runs/run_0/config.yaml"
         )
-    gate = None
-    if precision != "fp32":
-        # A checkpoint's labels are the data's, so that no training file is needed.
-        path = ["--ckpt_path", source] if Path(source).is_file() else []
-        built = run(["validate", "--config", str(data), *path], cli_class=_Built)
-        gate = Gate(built.datamodule, max_drop, metric)
-    print(
-        export_onnx(
-            source,
-            out,
-            precision=precision,
-            gate=gate,
-            opset=opset,
-            max_length=max_length,
-            progress=_say,
-        )
+    return Gate(built.datamodule, max_drop, metric)
+
+
+def _graph(source: str, out: str, *, built: FineTuningCLI | None, members: str | None, **arguments: Any) -> Report:
+    from lightning_ft.data import MultiTaskData
+    from lightning_ft.export import export_onnx, reading_settings
+
+    known = built is not None and not isinstance(built.datamodule, MultiTaskData)
+    settings = reading_settings(built.datamodule) if known and built is not None else None
+    return export_onnx(source, out, settings=settings, members=members or (), progress=_say, **arguments)
+
+
+@contextmanager
+def _exported(source: str, out: str, graph: Callable[[str], Report]) -> Iterator[Path]:
+    """An ONNX folder: the source itself, or one that is made of it and goes again."""
+    place = Path(source)
+    if (place / "head.json").is_file() or any(place.glob("*/head.json")):
+        yield place
+        return
+    parent = Path(out).absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".onnx-") as made:
+        folder = Path(made) / "onnx"
+        print(graph(str(folder)), end="\n\n")
+        yield folder
+
+
+def _engines(folder: Path, out: str, built: FineTuningCLI | None, max_length: int) -> Report:
+    from lightning_ft.export import Profile, build_tensorrt, token_lengths
+
+    profile = None
+    if built is not None and (folder / "model.onnx").is_file() and not _writes(folder):
+        lengths = token_lengths(built.datamodule)
+        profile = Profile.of(lengths, longest=max(max_length, *lengths))
+    return build_tensorrt(folder, out, profile=profile, progress=_say)
+
+
+def _writes(folder: Path) -> bool:
+    """Whether the graph has a cache, for which lengths of texts are not all that counts."""
+    return "graphs" in json.loads((folder / "head.json").read_text(encoding="utf-8"))["settings"]
+
+
+def _repository(folder: Path, out: str, name: str, device: Literal["cpu", "gpu"]) -> Report:
+    from lightning_ft.export import write_triton_repository
+
+    engine = any(folder.glob("**/engine.json"))
+    return write_triton_repository(
+        folder,
+        out,
+        name=name,
+        backend="tensorrt" if engine else "onnxruntime",
+        device="gpu" if engine else device,
+        progress=_say,
     )
+
+
+def _deploy(out: Path) -> None:
+    from lightning_ft.export import write_deployment
+
+    for folder in [out] if (out / "head.json").is_file() else sorted(file.parent for file in out.glob("*/head.json")):
+        print(f"\n{write_deployment(folder)}")
+
+
+def verify(folder: str, *, source: str | None = None, members: str | None = None) -> None:
+    """Check that an exported folder still is what was written, and what it was written from.
+
+    Args:
+        folder: What ``lightning-ft export`` wrote.
+        source: What it was made of: its weights must be those that were exported, and outputs are compared again.
+        members: As for the export.
+    """
+    from lightning_ft.export import verify as check
+
+    print(check(folder, source=source, members=members or (), progress=_say))
+
+
+def serve(arguments: list[str]) -> None:
+    """``lightning-ft serve``: an exported folder behind HTTP, until it is stopped."""
+    from lightning_ft.export import launch
+
+    sys.exit(launch(arguments))
 
 
 def soup(arguments: list[str]) -> None:
@@ -195,6 +318,13 @@ def _typed(function: Callable[..., None], arguments: list[str]) -> None:
 
 
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = MappingProxyType(
-    {"export": partial(_typed, export), "benchmark": _benchmark, "soup": soup, "demo": demo}
+    {
+        "export": partial(_typed, export),
+        "verify": partial(_typed, verify),
+        "serve": serve,
+        "benchmark": _benchmark,
+        "soup": soup,
+        "demo": demo,
+    }
 )
 """By name; each takes the rest of the command line."""
