@@ -129,7 +129,9 @@ def generation_config(settings: GenerationSettings, **more: Any) -> Any:
     """The settings as transformers has them, without those that have no effect, of which it would warn."""
     from transformers import GenerationConfig
 
-    given = {name: _lists(value) for name, value in settings._asdict().items() if value not in ((), None)}
+    given: dict[str, Any] = {
+        name: _lists(value) for name, value in settings._asdict().items() if value not in ((), None)
+    }
     idle = [name for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size", "min_p") if not given[name]]
     idle += () if settings.do_sample else ("temperature", "top_k", "top_p", "min_p")
     idle += () if settings.num_beams > 1 else ("length_penalty", "early_stopping")

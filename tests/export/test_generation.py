@@ -73,7 +73,7 @@ def prompts(left: bool) -> tuple[Tensor, Tensor]:
 
 def expected(model: Any, ids: Tensor, mask: Tensor, settings: GenerationSettings) -> Tensor:
     """What ``generate`` writes; the model's own settings would fill in what these leave open."""
-    given = {name: value for name, value in vars(settings).items() if value not in ((), None)}
+    given = {name: value for name, value in settings._asdict().items() if value not in ((), None)}
     start = given.pop("decoder_start_token_id", (None,))[0]
     for name in ("top_k", "top_p", "min_p", "temperature"):
         given.pop(name)
