@@ -126,8 +126,8 @@ def build_tensorrt(
         (place / METADATA).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         before = read_report(folder)
         # Of a folder of other hands only its path is known.
-        source = {"path": str(folder)} if before is None else before.facts["source"]
-        facts = {"source": source, "built from": str(folder), **builder.facts(), "timing cache": builder.cache_fact()}
+        origin = {"path": str(folder)} if before is None else before.facts["source"]
+        facts = {"source": origin, "built from": str(folder), **builder.facts(), "timing cache": builder.cache_fact()}
         return seal(place, Report("Exported to TensorRT", facts, rows), out)
 
 
