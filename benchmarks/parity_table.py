@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -30,13 +31,15 @@ sys.path.insert(0, str(ROOT))
 
 from lightning_ft.core.files import atomic_file  # noqa: E402
 from lightning_ft.export import export_onnx  # noqa: E402
-from lightning_ft.export.compare import reference  # noqa: E402
+from lightning_ft.export.compare import prepare, reference  # noqa: E402
 from lightning_ft.export.graph import inference_state  # noqa: E402
+from lightning_ft.export.graphs import Graphs  # noqa: E402
 from lightning_ft.export.heads import open_source  # noqa: E402
-from lightning_ft.export.parity import open_graph, run_onnx  # noqa: E402
+from lightning_ft.export.parity import Probe, open_graph  # noqa: E402
 from lightning_ft.export.quantize import Precision, quantize  # noqa: E402
+from lightning_ft.export.static_quantize import Calibration, watch  # noqa: E402
 from lightning_ft.modules import Architecture, Cloze  # noqa: E402
-from tests.export import test_heads  # noqa: E402
+from tests.export import test_generation_export, test_heads  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MAX_LENGTH = 24
@@ -66,27 +69,42 @@ class Cell:
 
 
 def measure(source: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """Export a source that is one graph, and compare it in each precision with the model."""
+    """Export a source, and compare its graphs in each precision with the model."""
     (part,) = open_source(source, tokenizer=tokenizer).values()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         export_onnx(source, out, tokenizer=tokenizer, max_length=MAX_LENGTH)
         with inference_state(part.original):
-            probes, expected = reference(part, max_length=MAX_LENGTH)
-        per_token = part.head.wrap(part.original).per_token
-        found = {}
-        for precision in PRECISIONS:
-            path = out / f"{precision}.onnx"
-            try:
-                quantize(out / "model.onnx", path, precision)
-                session = open_graph(path, threads=1)
-                got = [run_onnx(session, probe) for probe in probes]
-            except Exception as error:  # noqa: BLE001  the table names whatever makes a cell impossible
-                found[precision] = {"impossible": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
-                continue
-            masks = [probe.inputs["attention_mask"].bool() for probe in probes]
-            found[precision] = _distances(got, expected, masks, per_token)
+            graphs, probes = prepare(part, max_length=MAX_LENGTH)
+            expected = reference(part, probes)
+            found = {}
+            for precision in PRECISIONS:
+                try:
+                    got = _run(graphs, probes, out, out / precision, precision)
+                except Exception as error:  # noqa: BLE001  the table names whatever makes a cell impossible
+                    found[precision] = {"impossible": " ".join(f"{type(error).__name__}: {error}".split())[:160]}
+                    continue
+                masks = [probe.inputs["attention_mask"].bool() for probe in probes]
+                found[precision] = _distances(got, expected, masks, graphs.per_token)
         return found
+
+
+def _run(
+    graphs: Graphs, probes: Sequence[Probe], out: Path, place: Path, precision: Precision
+) -> list[dict[str, Tensor]]:
+    """What the graphs give in a precision; static int8 is calibrated on the probes themselves."""
+    place.mkdir()
+    ranges: dict[str, Mapping[str, float]] = {}
+    if precision == "int8-static":
+        with ExitStack() as stack:
+            watched = {name: stack.enter_context(watch(out / name, Calibration(), threads=1)) for name in graphs.files}
+            for probe in probes:
+                graphs.run(watched, probe)
+        ranges = {name: graph.ranges() for name, graph in watched.items()}
+    for name in graphs.files:
+        quantize(out / name, place / name, precision, ranges=ranges.get(name))
+    sessions = {name: open_graph(place / name, threads=1) for name in graphs.files}
+    return [graphs.run(sessions, probe) for probe in probes]
 
 
 def _distances(
@@ -127,9 +145,24 @@ def _cloze(family: str) -> Callable[[], tuple[Any, Any]]:
     return make
 
 
+def _causal(family: str) -> Callable[[], tuple[Any, Any]]:
+    return lambda: (test_generation_export.causal(family).eval(), test_generation_export.left_tokenizer())
+
+
+def _paired(family: str) -> Callable[[], tuple[Any, Any]]:
+    def make() -> tuple[Any, Any]:
+        config = test_heads.make("text-classification", family).config
+        torch.manual_seed(0)
+        return transformers.AutoModelForSeq2SeqLM.from_config(config), test_heads.tokenizer_of(family)
+
+    return make
+
+
 CELLS: list[Cell] = [
     *(Cell(task, family, _model(task, family), measure) for task, family in test_heads.CELLS),
     *(Cell("cloze", family, _cloze(family), measure) for family in ("bert", "gpt2")),
+    *(Cell("text-generation", family, _causal(family), measure) for family in ("gpt2", "llama", "qwen3")),
+    *(Cell("text2text-generation", family, _paired(family), measure) for family in ("t5", "bart")),
 ]
 IMPOSSIBLE: dict[str, str] = {
     f"{task} {family}": "writes the whole text anew: no masked language model"
