@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning_ft.core.pattern import parse_patterns
 from lightning_ft.core.report import Report
 
 PIPELINES = {
@@ -58,7 +59,9 @@ def card(
         _intro(report, parts),
         _labels(known),
         _usage(facts, known, parts),
-        _table("Parity", report.rows, _parity_words(facts)),
+        _table("Engines", report.rows, "")
+        if _is_engine(facts)
+        else _table("Parity", report.rows, _parity_words(facts)),
         _table("Gate", facts.get("gate", ()), _gate_words(facts)),
         _table("Files", _files(facts), ""),
         _table(
@@ -127,31 +130,56 @@ def _labels(head: Mapping[str, Any]) -> str:
 def _usage(facts: Mapping[str, Any], head: Mapping[str, Any], parts: Sequence[str]) -> str:
     if parts:
         return ""
+    if _is_engine(facts):
+        lines = ["from lightning_ft.export import Predictor, load_engine", ""]
+        return _code([*lines, 'predict = Predictor("FOLDER", session=load_engine("FOLDER"))', 'predict("A text")'])
+    if "runtime" in facts:
+        lines = ["import onnxruntime_genai", "", 'model = onnxruntime_genai.Model("FOLDER")']
+        lines += ["tokenizer = onnxruntime_genai.Tokenizer(model)"]
+        lines += ["generator = onnxruntime_genai.Generator(model, onnxruntime_genai.GeneratorParams(model))"]
+        lines += ['generator.append_tokens(tokenizer.encode("A text"))']
+        lines += ["while not generator.is_done():", "    generator.generate_next_token()"]
+        return _code([*lines, "print(tokenizer.decode(generator.get_sequence(0)))"])
     if "inputs" not in facts:
         kind = str(facts.get("model", "Auto"))
-        return (
-            "## How to use\n\n```python\nfrom transformers import AutoTokenizer, "
-            f'{kind}\n\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
-            f'model = {kind}.from_pretrained("FOLDER")\nmodel(**tokenizer("A text", return_tensors="pt"))\n```'
-        )
+        lines = [f"from transformers import AutoTokenizer, {kind}", ""]
+        lines += ['tokenizer = AutoTokenizer.from_pretrained("FOLDER")', f'model = {kind}.from_pretrained("FOLDER")']
+        return _code([*lines, 'model(**tokenizer("A text", return_tensors="pt"))'])
     row: Any = "A text"
     if head.get("task") == "question-answering":
         row = {"question": "A question?", "context": "A text."}
     elif head.get("task") == "multiple-choice":
         row = {"context": "A text", "choices": ["one", "other"]}
+    elif head.get("task") == "cloze":
+        row = {name: "A text" for one in parse_patterns(head["settings"]["patterns"]) for name in one.columns}
     blocks = []
     if "predictor.py" in facts.get("files", {"predictor.py": None}):
         lines = ["from predictor import Predictor  # in this folder; it needs onnxruntime, tokenizers and numpy alone"]
         lines += ["", "predict = Predictor()", f"predict({json.dumps(row)})"]
-        blocks.append("\n".join(lines))
+        blocks.append(lines)
+    if "graphs" in head.get("settings", {}):  # of a cache, nobody feeds by hand
+        return _code(*blocks)
     axes = "[batch, choices, sequence]" if head.get("task") == "multiple-choice" else "[batch, sequence]"
     feed = [f'    "{name}": ...,  # int64 {AXES.get(name, axes)}' for name in facts["inputs"]]
     lines = ["import onnxruntime", "", 'session = onnxruntime.InferenceSession("model.onnx")']
-    blocks.append("\n".join([*lines, f"session.run({json.dumps(facts['outputs'])}, {{", *feed, "})"]))
-    return "## How to use\n\n" + "\n\n".join(f"```python\n{block}\n```" for block in blocks)
+    blocks.append([*lines, f"session.run({json.dumps(facts['outputs'])}, {{", *feed, "})"])
+    return _code(*blocks)
+
+
+def _code(*blocks: Sequence[str]) -> str:
+    return "## How to use\n\n" + "\n\n".join("\n".join(["```python", *lines, "```"]) for lines in blocks)
+
+
+def _is_engine(facts: Mapping[str, Any]) -> bool:
+    return "built from" in facts
 
 
 def _parity_words(facts: Mapping[str, Any]) -> str:
+    if "runtime" in facts:
+        return (
+            "The graph in fp32 against the model on random tokens: largest difference of a logit, absolute, and "
+            f"relative to the largest one. Tolerance {facts['tolerance']:g}."
+        )
     if "opset" not in facts:
         return "Every tensor of the folder was compared with the source's, to the bit."
     return (

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.core.files import atomic_folder, sha256
+from lightning_ft.core.files import atomic_folder
 from lightning_ft.core.report import Report
 from lightning_ft.export.extras import require
 from lightning_ft.export.gate import Gate, GateError
@@ -25,6 +25,7 @@ from lightning_ft.export.generative_graphs import CausalGraphs
 from lightning_ft.export.graph import inference_state
 from lightning_ft.export.heads import Exportable, open_source
 from lightning_ft.export.judge import drop, judge, main_metric
+from lightning_ft.export.manifest import is_export, provenance, seal
 from lightning_ft.export.onnx_folder import save_companions
 from lightning_ft.export.parity import check_parity
 
@@ -63,7 +64,7 @@ def export_genai(
 
     Args:
         source: A checkpoint of our ``CausalLM``, a Hugging Face folder of a decoder, or a module of either.
-        out: Folder to create. It may exist if it is empty.
+        out: Folder to create. An earlier export there is replaced.
         precision: ``"fp32"``, ``"int8"`` or ``"int4"``; in the latter two, weights in blocks of 32.
         gate: What a graph in fewer bits is held to; required for one, and for none in fp32.
         max_length: Tokens in the longest text that is compared.
@@ -97,10 +98,11 @@ def export_genai(
             f"gate: {part.source} has no metrics to be judged by: give a module of lightning_ft, or a folder"
         )
     started = time.perf_counter()
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, replace=is_export) as folder:
         progress(f"building {type(part.model).__name__} in {precision} with onnxruntime-genai")
         _build(part, folder, precision)
         save_companions(folder, part)
+        (folder / "predictor.py").unlink(missing_ok=True)  # it runs graphs in ONNX Runtime
         _configure(folder, part)
         built = time.perf_counter()
         rows: list[dict[str, Any]] = []
@@ -113,19 +115,18 @@ def export_genai(
             facts = {"gate": _judge(part.module, folder, gate, precision, progress)}
         facts = {
             "model": type(part.model).__name__,
-            "source": part.source,
+            "source": provenance(source, part.original),
+            "task": part.head.task,
             "runtime": "onnxruntime-genai",
             "precision": precision,
             "parameters": sum(parameter.numel() for parameter in part.model.parameters()),
             **facts,
+            "max_length": max_length,
+            "tolerance": tolerance,
             "build_seconds": round(built - started, 2),
-            "sha256": {file.name: sha256(file) for file in sorted(folder.glob("*.onnx*"))},
-            "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
             "versions": {name: require(name).__version__ for name in ("torch", "transformers", "onnxruntime_genai")},
         }
-        report = Report(f"Exported {type(part.model).__name__} for onnxruntime-genai", facts, rows)
-        (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-    return report
+        return seal(folder, Report(f"Exported {type(part.model).__name__} for onnxruntime-genai", facts, rows), out)
 
 
 def _decoder(source: str | os.PathLike[str] | nn.Module) -> Exportable:

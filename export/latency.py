@@ -17,7 +17,6 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 from lightning_ft.export.extras import require
 from lightning_ft.export.generation import CausalDecoder, EncoderDecoder, GenerationSettings, generate
@@ -158,6 +157,8 @@ def _written(model: Any, runtime: str, vocabulary: int) -> Prepare:
     """``generate`` of transformers, with no end but :data:`NEW_TOKENS` tokens."""
     if runtime == "torch.compile":
         raise RuntimeError("generate() compiles with a static cache only, which is another algorithm")
+    from transformers import GenerationConfig
+
     known = model.generation_config
     model.generation_config = GenerationConfig(
         max_new_tokens=NEW_TOKENS,

@@ -209,6 +209,8 @@ def _read_head(place: Path, *, needs_graphs: bool) -> tuple[dict[str, Any], type
     head: dict[str, Any] = json.loads((place / "head.json").read_text(encoding="utf-8"))
     if (kind := READERS.get(head["task"])) is None:
         raise ValueError(f"{place} is for {head['task']!r}, and only {', '.join(READERS)} are read here")
+    if (runtime := head["settings"].get("runtime")) is not None:
+        raise ValueError(f"{place} is for {runtime}, and graphs of ONNX Runtime are read here: export it to ONNX")
     for name in ("tokenizer.json", *(kind.files if needs_graphs else ())):
         _need(place / name)
     return head, kind

@@ -77,7 +77,8 @@ class PromptReader(Reader):
         if isinstance(row, Mapping) and "messages" in row:
             return render_chat(prompt, row["messages"], where), True
         if isinstance(row, Mapping) and "instruction" in row:
-            parts = check_texts(where, row, [row["instruction"], row.get("input") or ""], "texts as instruction, input")
+            texts = [row["instruction"], row.get("input") or ""]
+            parts = check_texts(where, row, texts, "texts as instruction and input")
             if not prompt["chat_template"]:
                 return fill_template(prompt["template"], *parts), False
             content = "\n\n".join(part for part in parts if part)

@@ -89,7 +89,10 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, tuple) else value
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "t5", "bart"])
+OTHERS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "bart")]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", *OTHERS])
 def test_tokens_are_those_of_generate(kind: str, written: Callable[[str], Written]) -> None:
     made = written(kind)
     model, (decoder, start) = made.model(), decoder_of(made)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "export.py"
 
 
@@ -25,6 +27,7 @@ def test_help_and_plan(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_a_row_with_its_reason(tmp_path: Path) -> None:
     _run("--quick", "--device", "cpu", "--rounds", "1", "--repeats", "2", "--results", str(tmp_path))
     content = json.loads((tmp_path / "export.json").read_text())
