@@ -229,12 +229,7 @@ def _settle(kind: type[Reader], written: Mapping[str, Any], given: Mapping[str, 
     known = {**kind.defaults, **written}
     if unknown := sorted(given.keys() - known.keys()):
         raise ValueError(f"settings: {', '.join(unknown)} is none of this task's: {', '.join(known) or 'it has none'}")
-    # Of a group of settings, such as those of generation, the others stay.
-    grouped = {
-        name: {**known[name], **value}
-        for name, value in given.items()
-        if isinstance(value, Mapping) and isinstance(known[name], Mapping)
-    }
+    grouped = {name: {**known[name], **given[name]} for name in kind.groups if name in given}
     return {**known, **given, **grouped}
 
 

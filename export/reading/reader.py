@@ -83,6 +83,9 @@ class Reader(ABC):
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings that ``head.json`` may have, and the values that they have without."""
 
+    groups: ClassVar[tuple[str, ...]] = ()
+    """Settings that are several: those that a user gives of them leave the others as they are."""
+
     def __init__(self, exported: Exported) -> None:
         self.exported = exported
         self.settings = exported.settings

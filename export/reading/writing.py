@@ -25,6 +25,7 @@ class PromptReader(Reader):
     """``{"text"}``, what a decoder writes after a prompt."""
 
     defaults: ClassVar = {"graphs": {}, "generation": {}, "prompt": {}, "seed": 0}
+    groups = ("generation", "prompt")
 
     def __init__(self, exported: Exported) -> None:
         super().__init__(exported)
@@ -95,6 +96,7 @@ class SourceReader(Reader):
 
     files: ClassVar = ("encoder.onnx", "decoder.onnx")
     defaults: ClassVar = {"graphs": {}, "generation": {}, "seed": 0, "label_ids": [], "length_normalised": True}
+    groups = ("generation",)
 
     def __init__(self, exported: Exported) -> None:
         super().__init__(exported)
