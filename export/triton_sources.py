@@ -110,7 +110,13 @@ def _read(place: Path, backend: Backend) -> Source:
                 f"folder: {place} has no {name}, which turns texts into the graph's inputs: export a task that "
                 "Predictor reads, with a fast tokenizer"
             )
-    return (_read_onnx if backend == "onnxruntime" else _read_engine)(place, _json(place / "head.json"))
+    head = _json(place / "head.json")
+    if "graphs" in head["settings"]:
+        raise ValueError(
+            f"folder: {place} writes text, token by token, and this repository asks its graph once for each row: "
+            "serve it with `lightning-ft serve`"
+        )
+    return (_read_onnx if backend == "onnxruntime" else _read_engine)(place, head)
 
 
 def _json(path: Path) -> Any:

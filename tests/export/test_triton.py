@@ -410,6 +410,17 @@ def test_refusals(exported: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_writes_text_is_served_elsewhere(exported: Path, tmp_path: Path) -> None:
+    writer = tmp_path / "writer"
+    shutil.copytree(exported, writer)
+    head = json.loads((writer / "head.json").read_text("utf-8"))
+    head["settings"]["graphs"] = {"decoder": "model.onnx"}
+    (writer / "head.json").write_text(json.dumps(head), "utf-8")
+    with pytest.raises(ValueError, match=r"writes text, token by token, .*lightning-ft serve"):
+        write_triton_repository(writer, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
 def test_graphs_that_cannot_be_served(exported: Path, tmp_path: Path) -> None:
     source = changed(exported, tmp_path / "in")
     graph = onnx.load(source / "model.onnx")

@@ -166,7 +166,7 @@ BAD: dict[str, tuple[str, dict[str, list[str | bytes]], str]] = {
     "unknown input": ("sentiment", {"row": ["good"]}, "unexpected inference input 'row'"),
     "no JSON": ("choice", {"row": ["good"]}, "row 0: expected a row as JSON: Expecting value"),
     "another row": ("choice", {"row": ['{"text": "good"}']}, "row 0: expected a mapping with context and choices"),
-    "not a text": ("choice", {"row": ['{"context": NaN, "choices": ["a", "b"]}']}, "row 0: expected a"),
+    "not a text": ("choice", {"row": ['{"context": NaN, "choices": ["a", "b"]}']}, "row 0: expected texts as context"),
     "deep": ("choice", {"row": ["[" * 4000]}, "recursion"),
     "no token": ("encoder", {"text": [""]}, "row 0: the tokenizer makes no token of it"),
 }
