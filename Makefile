@@ -83,7 +83,7 @@ rivals: .venv-rivals/installed
 		gdown==6.5.1 beautifulsoup4==4.15.0 soupsieve==4.1.2
 	touch $@
 
-bench: .venv rivals
+bench: .venv rivals wheels
 	$(BIN)/python benchmarks/vs_hf_trainer.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/heads_vs_hf.py
@@ -94,6 +94,8 @@ bench: .venv rivals
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/ddp_drift.py
 	$(BIN)/python benchmarks/anchors.py
+	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/parity_table.py --jobs 2
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-rivals .venv-triton build dist *.egg-info

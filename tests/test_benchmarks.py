@@ -187,3 +187,15 @@ def test_absent_data_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "train.jsonl does not exist: pass --data FOLDER" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_export(real_data: Path, tmp_path: Path) -> None:
+    options = ("--parts", "encoder", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
+    done = _run("export.py", "--data", str(real_data / "sst2"), *options)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "export_encoder.json").read_text(encoding="utf-8"))
+    assert set(content["tables"]) == {"Latency", "Quality"}
+    names = {row["runtime"] for row in content["tables"]["Quality"]}
+    assert {"torch", "fp32", "int8", "transformers int8"} <= names
+    assert {row["runtime"] for row in content["tables"]["Latency"]} == names
