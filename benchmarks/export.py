@@ -32,7 +32,8 @@ from lightning_ft.data import ClassificationData, LanguageModelingData
 from lightning_ft.demo import prepare_model
 from lightning_ft.export import Gate, GateError, benchmark, export_genai, export_onnx
 from lightning_ft.export.judge import judge
-from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
+from lightning_ft.export.parity import open_graph
+from lightning_ft.export.reading.graph import SLOW_FUSIONS
 from lightning_ft.modules import SequenceClassification
 
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))

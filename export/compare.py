@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_ft.export.graph import attention, inference_state
-from lightning_ft.export.graphs import Graphs, as_graphs
+from lightning_ft.export.graphs import Graphs, Sessions, as_graphs
 from lightning_ft.export.parity import check_parity, open_graph
 
 if TYPE_CHECKING:
@@ -68,11 +68,27 @@ def compare(part: Exportable, folder: Path, *, max_length: int, tolerance: float
         graphs, probes = prepare(part, max_length=max_length)
         expected = reference(part, probes)
         sessions = {name: open_graph(folder / name) for name in graphs.files}
-        return check_parity(
-            partial(graphs.run, sessions),
-            probes,
-            expected,
-            tolerance=tolerance,
-            per_token=graphs.per_token,
-            rounding=graphs.rounding,
-        )
+        return check(graphs, sessions, probes, expected, tolerance=tolerance)
+
+
+def check(
+    graphs: Graphs,
+    sessions: Sessions,
+    probes: Sequence[Probe],
+    expected: Sequence[dict[str, Tensor]],
+    *,
+    tolerance: float,
+) -> list[dict[str, Any]]:
+    """:func:`lightning_ft.export.parity.check_parity` of graphs that are open.
+
+    Raises:
+        ParityError: They differ from what is expected of them.
+    """
+    return check_parity(
+        partial(graphs.run, sessions),
+        probes,
+        expected,
+        tolerance=tolerance,
+        per_token=graphs.per_token,
+        rounding=graphs.rounding,
+    )

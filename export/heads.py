@@ -208,12 +208,6 @@ _HF: dict[str, Head | None] = {
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
 """How those end that write text."""
 
-_PROBLEMS = {
-    "single_label_classification": "single_label",
-    "multi_label_classification": "multi_label",
-    "regression": "regression",
-}
-
 
 def hf_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Head:
     """The head of a Hugging Face model, by its class.
@@ -266,7 +260,9 @@ def _problem(config: Any) -> str:
     """Of a classifier; where its configuration does not say, one output is a number, and several are classes."""
     if config.problem_type is None:
         return "regression" if config.num_labels == 1 else "single_label"
-    return _PROBLEMS[config.problem_type]
+    from lightning_ft.modules.sequence_classification import PROBLEM_TYPES
+
+    return {name: problem for problem, name in PROBLEM_TYPES.items()}[config.problem_type]
 
 
 def _by_name(name: str) -> Head:

@@ -21,7 +21,8 @@ from torch import Tensor
 from lightning_ft.export.extras import require
 from lightning_ft.export.generation import CausalDecoder, EncoderDecoder, GenerationSettings, generate
 from lightning_ft.export.heads import open_source
-from lightning_ft.export.parity import SLOW_FUSIONS, open_graph
+from lightning_ft.export.parity import open_graph
+from lightning_ft.export.reading.graph import SLOW_FUSIONS
 from lightning_ft.export.timing import Runtime
 from lightning_ft.export.wrappers import GraphWrapper, graph_inputs
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,7 +20,7 @@ from lightning_ft.core.report import Report
 from lightning_ft.export.averaged import averaged
 from lightning_ft.export.bake import check_depth
 from lightning_ft.export.bundle import bundle
-from lightning_ft.export.compare import MIN_LENGTH, prepare, reference
+from lightning_ft.export.compare import MIN_LENGTH, check, prepare, reference
 from lightning_ft.export.ensemble import Ensemble
 from lightning_ft.export.extras import require
 from lightning_ft.export.fallback import write_graph
@@ -29,7 +28,7 @@ from lightning_ft.export.gate import Gate
 from lightning_ft.export.graph import attention, inference_state
 from lightning_ft.export.heads import Exportable, Head, open_source
 from lightning_ft.export.manifest import is_export, provenance, seal, training_of
-from lightning_ft.export.parity import check_parity, open_graph
+from lightning_ft.export.parity import open_graph
 from lightning_ft.export.quantize import Precision
 from lightning_ft.export.readers import READERS
 from lightning_ft.export.reading_settings import with_reading_settings
@@ -187,14 +186,7 @@ def _export(
         exported = time.perf_counter()
         progress(f"comparing {len(probes)} shapes in ONNX Runtime")
         sessions = {name: open_graph(folder / name) for name in graphs.files}
-        rows = check_parity(
-            partial(graphs.run, sessions),
-            probes,
-            expected,
-            tolerance=tolerance,
-            per_token=graphs.per_token,
-            rounding=graphs.rounding,
-        )
+        rows = check(graphs, sessions, probes, expected, tolerance=tolerance)
         proof = graphs.prove(sessions, probes, error=max(row["absolute"] for row in rows))
     del sessions
     trials: list[dict[str, Any]] = []

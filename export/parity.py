@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_ft.core.report import format_table
 from lightning_ft.export.extras import require
+from lightning_ft.export.reading.graph import PROVIDERS, SLOW_FUSIONS
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -21,10 +22,7 @@ if TYPE_CHECKING:
 
     from lightning_ft.export.wrappers import GraphWrapper
 
-SLOW_FUSIONS = ("SkipLayerNormFusion", "BiasGeluFusion")
-"""ONNX Runtime optimisers that make encoders slower on a CPU (64 ms with them, 58 ms without, MiniLM at 8x128)."""
-
-PROVIDER = "CPUExecutionProvider"
+PROVIDER = PROVIDERS["cpu"]
 
 ROUNDING = 4
 """How much more than rounding errors of the model's own make may be one of ONNX Runtime's. SmolLM2: 1.4 was seen."""

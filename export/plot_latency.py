@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_ft.core.files import atomic_file
+from lightning_ft.functional.picture import new_figure, save_figure
+
+_CHARACTER = 0.09
+"""Inches of a character of 10 points, at most."""
 
 
 def plot_latency(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:
@@ -20,17 +23,12 @@ def plot_latency(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         ImportError: matplotlib is not installed.
         ValueError: The file's ending is unknown.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a picture needs matplotlib: pip install "lightning-ft[plot]"') from error
     shapes = list(dict.fromkeys((row["batch"], row["tokens"]) for row in rows))
     names = list(dict.fromkeys(row["runtime"] for row in rows))
     faster = next(column for column in rows[0] if column.startswith("times "))
-    ending = os.path.splitext(path)[1].lstrip(".")
-    figure = Figure(figsize=(1.5 + 2.6 * len(shapes), 1.4 + 0.36 * len(names)), layout="constrained")
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"path={os.fspath(path)!r} must end in .png, .svg or .pdf, which say the picture's format")
+    # A runtime may be the path of a folder: the panels keep their width beside the longest name.
+    margin = 0.5 + _CHARACTER * max(map(len, names))
+    figure = new_figure(path, margin + 2.6 * len(shapes), 1.4 + 0.36 * len(names))
     panels = figure.subplots(1, len(shapes), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (batch, tokens) in zip(panels, shapes, strict=True):
         timed = {row["runtime"]: row for row in rows if (row["batch"], row["tokens"]) == (batch, tokens)}
@@ -43,5 +41,4 @@ def plot_latency(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
     figure.supxlabel(f"times as fast as {faster.removeprefix('times ')}", fontsize=10)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=ending, dpi=130)
+    save_figure(figure, path)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from lightning_ft.export.extras import require
-from lightning_ft.export.parity import PROVIDER, SLOW_FUSIONS
+from lightning_ft.export.parity import PROVIDER
+from lightning_ft.export.reading.graph import SLOW_FUSIONS
 from lightning_ft.export.static_quantize import static_nodes, write_static
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _int8(model: ModelProto, target: Path, keep: Collection[str], *, large: bool
         if large:
             name = "session.optimized_model_external_initializers_file_name"
             options.add_session_config_entry(name, f"{target.name}.data")
-        ort.InferenceSession(str(raw), options, providers=[PROVIDER], disabled_optimizers=list(SLOW_FUSIONS))
+        ort.InferenceSession(str(raw), options, providers=[PROVIDER], disabled_optimizers=SLOW_FUSIONS)
 
 
 def _weights(model: ModelProto, bits: int, keep: Collection[str]) -> ModelProto:

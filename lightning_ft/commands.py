@@ -67,7 +67,7 @@ def export(
         device: What Triton runs the graph on.
         deploy: Also write Dockerfiles, an AWS Lambda function and a Hugging Face endpoint handler into OUT.
     """
-    from lightning_ft.export import export_genai, export_hf
+    from lightning_ft.export import export_genai, export_hf, export_onnx
 
     if deploy and to != "onnx":
         raise ValueError(f"--deploy writes what runs an ONNX folder, and --to is {to}: leave one of them out")
@@ -81,17 +81,21 @@ def export(
             raise ValueError(f"--precision {precision}: onnxruntime-genai has fp32, int8 and int4")
         print(export_genai(source, out, precision=precision, gate=gate, max_length=max_length, progress=_say))
         return
-    graph = partial(
-        _graph,
-        source,
-        built=built,
-        precision=precision,
-        gate=gate,
-        members=members,
-        opset=opset,
-        max_length=max_length,
-        tolerance=tolerance,
-    )
+
+    def graph(place: str) -> Report:
+        return export_onnx(
+            source,
+            place,
+            precision=precision,
+            gate=gate,
+            settings=_reading(built),
+            members=members or (),
+            opset=opset,
+            max_length=max_length,
+            tolerance=tolerance,
+            progress=_say,
+        )
+
     if to == "onnx":
         print(graph(out))
         if deploy:
@@ -120,13 +124,14 @@ def _gate(precision: str, built: FineTuningCLI | None, max_drop: float, metric: 
     return Gate(built.datamodule, max_drop, metric)
 
 
-def _graph(source: str, out: str, *, built: FineTuningCLI | None, members: str | None, **arguments: Any) -> Report:
+def _reading(built: FineTuningCLI | None) -> dict[str, Any] | None:
+    """How the run's data make tokens of a row; None for the defaults, and for several tasks."""
     from lightning_ft.data import MultiTaskData
-    from lightning_ft.export import export_onnx, reading_settings
+    from lightning_ft.export import reading_settings
 
-    known = built is not None and not isinstance(built.datamodule, MultiTaskData)
-    settings = reading_settings(built.datamodule) if known and built is not None else None
-    return export_onnx(source, out, settings=settings, members=members or (), progress=_say, **arguments)
+    if built is None or isinstance(built.datamodule, MultiTaskData):
+        return None
+    return reading_settings(built.datamodule)
 
 
 @contextmanager
@@ -217,10 +222,8 @@ def soup(arguments: list[str]) -> None:
         parser.error("--greedy scores mixtures on validation data: --config names the run's configuration")
     score = None
     if options.config is not None:
-        # The labels are the members', so that no training file is needed.
-        checkpoint = next((member for member in options.members if Path(member).is_file()), None)
-        path = [] if checkpoint is None else ["--ckpt_path", checkpoint]
-        built = run(["validate", "--config", options.config, *path], cli_class=_Built)
+        labelled = next((member for member in options.members if Path(member).is_file()), options.members[0])
+        built = _built(options.config, labelled)
         score = scorer(built.trainer, built.model, built.datamodule, options.monitor)
     print(
         mix(

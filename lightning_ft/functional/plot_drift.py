@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from lightning_ft.core.files import atomic_file
+from lightning_ft.functional.picture import new_figure, save_figure
 
 
 def plot_drift(
@@ -32,16 +32,9 @@ def plot_drift(
         ImportError: matplotlib is not installed.
         ValueError: There is nothing to draw, or the file's ending is unknown.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a picture needs matplotlib: pip install "lightning-ft[plot]"') from error
     if not steps:
         raise ValueError("there is nothing to draw: nothing was measured")
-    ending = os.path.splitext(path)[1].lstrip(".")
-    figure = Figure(figsize=(9, 1.6 + 0.28 * max(len(groups), 4)), layout="constrained")
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"path={os.fspath(path)!r} must end in .png, .svg or .pdf, which say the picture's format")
+    figure = new_figure(path, 9, 1.6 + 0.28 * max(len(groups), 4))
     axes = figure.subplots()
     # A measurement stands for the steps since the one before it.
     edges = [min(0, steps[0] - 1), *steps]
@@ -51,5 +44,4 @@ def plot_drift(
     axes.set_xlabel("optimiser step")
     figure.colorbar(mesh, ax=axes, label=label, pad=0.01)
     figure.suptitle(title)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=ending, dpi=130)
+    save_figure(figure, path)

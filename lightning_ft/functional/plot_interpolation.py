@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from lightning_ft.core.files import atomic_file
+from lightning_ft.functional.picture import new_figure, save_figure
 
 
 def plot_interpolation(
@@ -24,19 +24,11 @@ def plot_interpolation(
         ImportError: matplotlib is not installed.
         ValueError: The file's ending is unknown.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a picture needs matplotlib: pip install "lightning-ft[plot]"') from error
-    ending = os.path.splitext(path)[1].lstrip(".")
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"path={os.fspath(path)!r} must end in .png, .svg or .pdf, which say the picture's format")
+    figure = new_figure(path, 6, 4)
     axes = figure.subplots()
     axes.plot(alphas, values, marker="o")
     axes.axvline(chosen, color="#888888", linestyle="--", label=f"chosen: {chosen:g}")
     axes.set_xlabel("α (0: pretrained, 1: fine-tuned)")
     axes.set_ylabel(label)
     axes.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=ending, dpi=130)
+    save_figure(figure, path)

@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_ft.core.files import atomic_file
 from lightning_ft.core.timeline import Timeline
+from lightning_ft.functional.picture import new_figure, save_figure
 
 _FROZEN = "#e4e4e4"
 
@@ -34,17 +34,11 @@ def plot_timeline(
         ImportError: matplotlib is not installed.
         ValueError: There is nothing to draw, or the file's ending is unknown.
     """
-    try:
-        from matplotlib.colors import LogNorm, Normalize
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('a picture needs matplotlib: pip install "lightning-ft[plot]"') from error
     if not timeline.steps:
         raise ValueError("there is nothing to draw: nothing was planned or trained")
-    ending = os.path.splitext(path)[1].lstrip(".")
-    figure = Figure(figsize=(9, 1.6 + 0.28 * max(len(timeline.groups), 4)), layout="constrained")
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f"path={os.fspath(path)!r} must end in .png, .svg or .pdf, which say the picture's format")
+    figure = new_figure(path, 9, 1.6 + 0.28 * max(len(timeline.groups), 4))
+    from matplotlib.colors import LogNorm, Normalize
+
     rows = 2 if costs else 1
     panels = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=[1, 4][-rows:])[:, 0]
     main = panels[-1]
@@ -70,8 +64,7 @@ def plot_timeline(
         above.set_ylim(0, 105)
         above.set_ylabel("cost of\na step, %")
     figure.suptitle(title)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format=ending, dpi=130)
+    save_figure(figure, path)
 
 
 def _masked(table: list[list[float]]) -> Any:

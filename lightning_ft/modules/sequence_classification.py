@@ -31,7 +31,7 @@ from lightning_ft.modules.base import Batch, Schedule, TransformerModule
 from lightning_ft.modules.checkpoint import Architecture
 
 Problem = Literal["single_label", "multi_label", "regression"]
-_PROBLEM_TYPES = {
+PROBLEM_TYPES = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
@@ -109,7 +109,7 @@ class SequenceClassification(TransformerModule):
                 "num_labels": len(names),
                 "id2label": dict(enumerate(names)),
                 "label2id": {name: i for i, name in enumerate(names)},
-                "problem_type": _PROBLEM_TYPES[problem],
+                "problem_type": PROBLEM_TYPES[problem],
             },
         )
         if not 0 <= label_smoothing < 1 or (label_smoothing and problem != "single_label"):
@@ -179,8 +179,8 @@ class SequenceClassification(TransformerModule):
 
 
 def _label_names(labels: Sequence[str] | None, num_labels: int | None, problem: Problem) -> list[str]:
-    if problem not in _PROBLEM_TYPES:
-        raise ValueError(f"problem={problem!r} must be one of {list(_PROBLEM_TYPES)}")
+    if problem not in PROBLEM_TYPES:
+        raise ValueError(f"problem={problem!r} must be one of {list(PROBLEM_TYPES)}")
     if problem == "regression":
         if labels or num_labels not in (None, 1):
             raise ValueError(f"labels={labels!r}, num_labels={num_labels!r}: regression has one output and no labels")

@@ -9,6 +9,7 @@ import transformers as hf
 from PIL import Image
 
 from lightning_ft.export import benchmark, export_onnx
+from lightning_ft.export.plot_latency import plot_latency
 from lightning_ft.export.timing import Stopwatch
 from tests.pretrained import pretrained
 
@@ -52,6 +53,16 @@ def test_beside_pytorch(folder: Path, tmp_path: Path) -> None:
     assert [line.split(": ")[1] for line in told[3:]] == ["torch", "fp32"] * 4
     with Image.open(tmp_path / "latency.png") as picture:
         assert len(picture.getcolors(1 << 24) or []) > 10
+
+
+def test_names_as_long_as_paths_leave_the_panels_their_room(tmp_path: Path) -> None:
+    # Matplotlib warns of a panel without any room, and a warning fails here.
+    rows = [
+        {"runtime": name * 200, "batch": 1, "tokens": tokens, "ms": 2.0, "times a": 1.0}
+        for name in "ab"
+        for tokens in (4, 32)
+    ]
+    plot_latency(rows, tmp_path / "latency.png")
 
 
 def _state(watch: Stopwatch) -> str:
