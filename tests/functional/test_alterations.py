@@ -145,6 +145,24 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
     assert all((value == 2).all() for value in checkpoint["state_dict"].values())
 
 
+def test_the_hash_is_of_the_base_as_it_is_now_and_hooks_of_the_module_run() -> None:
+    module, seen = FILTERED.module(), []
+    type(module).on_load_checkpoint = lambda self, checkpoint: seen.append(checkpoint)
+    try:
+        alter(module, KIND, {"seed": 0})
+        first: dict[str, Any] = {"state_dict": module.state_dict()}
+        module.on_save_checkpoint(first)
+        with torch.no_grad():
+            module.encoder.norm.bias += 1
+        second: dict[str, Any] = {"state_dict": module.state_dict()}
+        module.on_save_checkpoint(second)
+        assert first[PART]["sha256"] != second[PART]["sha256"]
+        module.on_load_checkpoint(second)
+    finally:
+        del type(module).on_load_checkpoint
+    assert seen == [second]
+
+
 # ---- modules of lightning_ft
 
 
