@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from _training_plan import RANK, Variant
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,17 +21,6 @@ CLIP, RATE, DECAY = 1.0, 2e-5, 0.01
 STEPS = 1_000_000  # the clock ends a training
 Batch = dict[str, Tensor]
 Settings = dict[str, Any]
-
-
-class Variant(NamedTuple):
-    """As in training.py."""
-
-    name: str
-    precision: str
-    base: str
-    optimizer: str
-    attention: str
-    compiled: bool
 
 
 class Repeated(Dataset[Batch]):
@@ -65,8 +55,7 @@ def lora(settings: Settings) -> Any:
     from peft import LoraConfig
 
     kind = "CAUSAL_LM" if settings["config"]["decoder"] else "SEQ_CLS"
-    rank = settings["rank"]
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.05, target_modules="all-linear", task_type=kind)
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.05, target_modules="all-linear", task_type=kind)
 
 
 # ---- ours
@@ -216,6 +205,9 @@ def _quantised(variant: Variant, settings: Settings, folder: Path) -> nn.Module:
     )
     kind: Any = AutoModelForCausalLM if decoder else AutoModelForSequenceClassification
     model: nn.Module = kind.from_pretrained(
-        folder, quantization_config=quantisation, dtype=torch.bfloat16, device_map={"": settings["device"]}
+        folder,
+        quantization_config=quantisation,
+        dtype=torch.bfloat16,
+        device_map={"": 0 if settings["device"] == "cuda" else "cpu"},
     )
     return model
