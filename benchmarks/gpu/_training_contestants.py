@@ -109,11 +109,11 @@ def _plugins(variant: Variant) -> list[Any]:
     if variant.base == "int8":
         from lightning_ft.plugins import EightBit
 
-        return [EightBit()]
+        return [EightBit(precision="bf16-mixed")]
     if variant.base == "int4":
         from lightning_ft.plugins import FourBit
 
-        return [FourBit()]
+        return [FourBit(precision="bf16-mixed")]
     return []
 
 
@@ -125,7 +125,7 @@ def _callbacks(variant: Variant, settings: Settings) -> list[Callback]:
     if variant.base != "full":
         from lightning_ft.callbacks import PEFT
 
-        return [PEFT(config=lora(settings))]
+        return [PEFT(lora(settings))]
     return []
 
 
