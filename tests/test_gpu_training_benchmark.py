@@ -254,6 +254,10 @@ def test_all_that_needs_no_gpu_runs(tmp_path: Path) -> None:
             assert row["not run"] == ""
             assert len(row["passes"][0]["steps"]) == 2
             assert row["tokens_per_s"] > 0
+    for (model, variant, trainer), row in rows.items():
+        if trainer == "HF Trainer" and not row["not run"]:
+            (ours,), (theirs,) = rows[model, variant, "lightning_ft"]["passes"], row["passes"]
+            assert ours["trained"] == theirs["trained"]
 
 
 @pytest.mark.slow

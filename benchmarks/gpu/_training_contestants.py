@@ -61,8 +61,10 @@ def lora(settings: Settings) -> Any:
 # ---- ours
 
 
-def train_ours(variant: Variant, settings: Settings, batches: Sequence[Batch], clock: Callable[[], bool]) -> float:
-    """Until the clock says so; the last loss."""
+def train_ours(
+    variant: Variant, settings: Settings, batches: Sequence[Batch], clock: Callable[[], bool]
+) -> tuple[float, int]:
+    """Until the clock says so; the last loss, and how many weights were trained."""
     module = build(variant, settings)
     if variant.compiled:
         module.model.compile()
@@ -82,7 +84,11 @@ def train_ours(variant: Variant, settings: Settings, batches: Sequence[Batch], c
         limit_val_batches=0,
     )
     trainer.fit(module, DataLoader(Repeated(batches), batch_size=None))
-    return float(stop.loss)
+    return float(stop.loss), _trained(module)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class _Stop(Callback):
@@ -134,8 +140,8 @@ def _callbacks(variant: Variant, settings: Settings) -> list[Callback]:
 
 def train_theirs(
     variant: Variant, settings: Settings, batches: Sequence[Batch], clock: Callable[[], bool], folder: Path
-) -> float:
-    """Until the clock says so; the mean loss."""
+) -> tuple[float, int]:
+    """Until the clock says so; the mean loss, and how many weights were trained."""
     from transformers import PrinterCallback, TrainerCallback, TrainingArguments
     from transformers import Trainer as HFTrainer
 
@@ -166,15 +172,16 @@ def train_theirs(
             dataloader_pin_memory=False,
             remove_unused_columns=False,
         )
+        model = _their_model(variant, settings, folder)
         trainer = HFTrainer(
-            _their_model(variant, settings, folder),
+            model,
             arguments,
             train_dataset=Repeated(batches),
             data_collator=itemgetter(0),
             callbacks=[Stop()],
         )
         trainer.remove_callback(PrinterCallback)
-        return float(trainer.train().training_loss)
+        return float(trainer.train().training_loss), _trained(model)
 
 
 def _their_model(variant: Variant, settings: Settings, folder: Path) -> nn.Module:

@@ -100,9 +100,9 @@ def run(variant: Variant, is_theirs: bool, settings: dict[str, Any]) -> dict[str
         kernel = sdpa_kernel(SDPBackend.FLASH_ATTENTION)
     with kernel:
         if is_theirs:
-            loss = train_theirs(variant, settings, batches, clock, Path(settings["folder"]))
+            loss, trained = train_theirs(variant, settings, batches, clock, Path(settings["folder"]))
         else:
-            loss = train_ours(variant, settings, batches, clock)
+            loss, trained = train_ours(variant, settings, batches, clock)
     if not clock.steps:
         raise TimeoutError("left out: no time")
     if not math.isfinite(loss):
@@ -115,6 +115,7 @@ def run(variant: Variant, is_theirs: bool, settings: dict[str, Any]) -> dict[str
         "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
         "held_before_gib": held,
         "loss": loss,
+        "trained": trained,
     }
 
 
