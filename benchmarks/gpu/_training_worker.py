@@ -32,6 +32,8 @@ BATCHES = 4
 class Clock:
     """Seconds of a step in each segment; the device is waited for at the ends of segments alone.
 
+    Building and warm-up have a peak of memory of their own, ``start_peak``.
+
     Args:
         device: cuda or cpu.
         segments: How many are timed.
@@ -41,7 +43,9 @@ class Clock:
 
     def __init__(self, device: str, segments: int, seconds: float, until: float) -> None:
         self.warmup = 0.0
+        self.start_peak: float | None = None
         self.steps: list[float] = []
+        self._device = device
         self._wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self._segments, self._seconds, self._until = segments, seconds, until
         self._taken, self._size, self._ended, self._stamp = 0, WARMUP, 0, time.perf_counter()
@@ -56,7 +60,7 @@ class Clock:
         took, step = now - self._stamp, (now - self._stamp) / self._taken
         self._taken, self._stamp, self._ended = 0, now, self._ended + 1
         if self._ended == 1:
-            self.warmup, self._size = took, GUESS
+            self.warmup, self._size, self.start_peak = took, GUESS, _peak(self._device)
         elif self._ended == 2:
             self._size = max(1, min(500, round(self._seconds / step)))
         else:
@@ -107,12 +111,11 @@ def run(variant: Variant, is_theirs: bool, settings: dict[str, Any]) -> dict[str
         raise TimeoutError("left out: no time")
     if not math.isfinite(loss):
         raise ArithmeticError(f"its loss was {loss}")
-    cuda = device == "cuda"
     return {
         "steps": clock.steps,
         "warmup_s": clock.warmup,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB if cuda else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / GIB if cuda else None,
+        "peak_gib": _peak(device),
+        "start_peak_gib": clock.start_peak,
         "held_before_gib": held,
         "loss": loss,
         "trained": trained,
@@ -127,6 +130,15 @@ def _batches(config: dict[str, Any], rows: int, length: int, device: str) -> lis
         ids = torch.randint(2, config["vocab_size"], (rows, length), generator=generator, device=device)
         classes = torch.randint(2, (rows,), generator=generator, device=device)
         found.append({"input_ids": ids, "labels": ids if config["decoder"] else classes})
+    return found
+
+
+def _peak(device: str) -> float | None:
+    """GiB at most since the last call."""
+    if device != "cuda":
+        return None
+    found = torch.cuda.max_memory_allocated() / GIB
+    torch.cuda.reset_peak_memory_stats()
     return found
 
 

@@ -23,7 +23,8 @@ cannot run is a row with its reason.
 MFU is the model's FLOPs (`_flops.py`: 6·N + 3·A a token; 4·N + 6·N_lora + 3·A where the base is frozen) over the dense
 peak of the GPU in the data type of the products: of its data sheet, by its name, and left empty where `_flops.py` does
 not know it. int8 and 4 bits are held against the peak of bf16, which their gradients are computed in. Peak memory is
-`torch.cuda.max_memory_allocated` from before the model is built.
+`torch.cuda.max_memory_allocated` after the warm-up; that of building and warm-up is in the JSON file (ours is built in
+fp32 on the GPU here, and quantised there).
 """
 
 from __future__ import annotations
