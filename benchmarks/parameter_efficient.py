@@ -195,7 +195,7 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[Row]:
 
 def draw(results: Results, path: Path) -> None:
     """A panel for each task: accuracy over the share on a logarithmic axis."""
-    figure = new_figure(path, 5 * len(results) + 1, 4.2)
+    figure = new_figure(path, 5 * len(results) + 2, 4.2)
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (task, found) in zip(panels, results.items(), strict=True):
         for row in table(found):
@@ -206,7 +206,7 @@ def draw(results: Results, path: Path) -> None:
         panel.set_xlabel("a task's own values, % of the pretrained ones")
         panel.set_ylabel("dev accuracy, %")
         panel.set_title(task)
-    panels[-1].legend(fontsize="small", loc="lower right")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     save_figure(figure, path)
 
 

@@ -100,6 +100,12 @@ class _Stop(Callback):
         self.loss = outputs["loss"]
         trainer.should_stop = self.clock()
 
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        # Lightning moves all to the host when it ends: tens of GB, seconds of each pass.
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+            optimizer.state.clear()
+
 
 def _precision(variant: Variant) -> Any:
     if variant.precision == "fp16" or variant.base in ("int8", "int4"):
