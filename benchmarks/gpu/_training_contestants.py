@@ -121,11 +121,11 @@ def _plugins(variant: Variant) -> list[Any]:
     if variant.base == "int8":
         from lightning_ft.plugins import EightBit
 
-        return [EightBit(precision="bf16-mixed")]
+        return [EightBit(compute="bf16-mixed")]
     if variant.base == "int4":
         from lightning_ft.plugins import FourBit
 
-        return [FourBit(precision="bf16-mixed")]
+        return [FourBit(compute="bf16-mixed")]
     return []
 
 
