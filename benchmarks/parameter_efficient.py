@@ -8,7 +8,7 @@ method, and counts nowhere.
 - LoRA: r = 8 on queries and values.
 - Pfeiffer: a bottleneck adapter of reduction 16 behind each feed-forward layer.
 - diff pruning: half of the training with gates, then 0.5 % of all weights alone.
-- SAID: d values, some of them scales of the tensors (there are 101, hence no d = 100), spread by a fixed random map.
+- SAID: d values, some of them scales of the tensors (there are 103, hence no d = 100), spread by a fixed random map.
 - movement pruning: 15 % of the blocks' weights kept, embeddings frozen.
 
 "own" is what a task adds to or changes in the pretrained weights, over their number: for movement pruning the weights
