@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -287,3 +288,35 @@ def _all_tensors(values: Any) -> Iterator[Tensor]:
 
 def _floats(values: Any) -> Iterator[Tensor]:
     return (tensor for tensor in _all_tensors(values) if tensor.is_floating_point())
+
+
+def token_embeddings(module: nn.Module, blocks: Sequence[str]) -> list[nn.Embedding]:
+    """The embeddings that look up the token ids, as they are given, in a run on the meta device.
+
+    Args:
+        module: Any module.
+        blocks: Paths of its blocks.
+
+    Raises:
+        ValueError: None does.
+    """
+    for owner in map(module.get_submodule, _owners(blocks)):
+        found: list[nn.Module] = []
+        twins: dict[nn.Module, nn.Module] = {}
+        # What the run breaks off at comes later.
+        with suppress(Exception), torch.no_grad(), meta_run(owner, twins) as (twin, ids):
+            # A view has the storage of what it is a view of.
+            given = {tensor.untyped_storage()._cdata for tensor in ids.values()}
+
+            def look(child: nn.Module, args: Any, given: set[int] = given, found: list[nn.Module] = found) -> None:
+                if args[0].untyped_storage()._cdata in given:
+                    found.append(child)
+
+            for child in twin.modules():
+                if isinstance(child, nn.Embedding):
+                    child.register_forward_pre_hook(look)
+            twin(**ids)
+        embeddings = [c for c in owner.modules() if isinstance(c, nn.Embedding) and twins.get(c) in found]
+        if embeddings:
+            return embeddings
+    raise ValueError(f"{type(module).__name__} has no nn.Embedding that looks up token ids")
