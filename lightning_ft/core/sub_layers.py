@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -77,7 +76,7 @@ def block_flows(module: nn.Module, blocks: Sequence[str]) -> dict[str, BlockFlow
     """
     flows: dict[str, BlockFlow] = {}
     errors: list[str] = []
-    for owner in _owners(blocks):
+    for owner in modules_above(blocks):
         wanted = [path for path in blocks if path not in flows and f"{path}.".startswith(f"{owner}." if owner else "")]
         if wanted:
             found, error = _run(module.get_submodule(owner), [path[len(owner) :].lstrip(".") for path in wanted])
@@ -91,10 +90,12 @@ def block_flows(module: nn.Module, blocks: Sequence[str]) -> dict[str, BlockFlow
     return {path: flows[path] for path in blocks}
 
 
-def _owners(blocks: Iterable[str]) -> list[str]:
+def modules_above(blocks: Iterable[str]) -> list[str]:
     """Paths of the modules above blocks, outermost first."""
     parts = [path.split(".")[:-1] for path in blocks]
-    return sorted({".".join(p[:i]) for p in parts for i in range(len(p))}, key=lambda owner: owner.count(".") + 1 if owner else 0)
+    return sorted(
+        {".".join(p[:i]) for p in parts for i in range(len(p))}, key=lambda owner: owner.count(".") + 1 if owner else 0
+    )
 
 
 def _moved(flow: BlockFlow, owner: str) -> BlockFlow:
@@ -112,7 +113,7 @@ def _run(owner: nn.Module, paths: Sequence[str]) -> tuple[dict[int, BlockFlow], 
         with torch.no_grad(), meta_run(owner, twins) as (twin, ids):
             names = {child: name for name, child in twin.named_modules()}
             blocks = [twins[owner.get_submodule(path)] for path in paths]
-            record = _Record()  # type: ignore[no-untyped-call]
+            record = _Record()
             for index, block in enumerate(blocks):
                 block.register_forward_pre_hook(partial(_begin, record), with_kwargs=True)
                 for child in block.modules():
@@ -156,19 +157,22 @@ class _Visit:
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The operations of one run of a block as a graph; node 0 is the hidden state that the block takes."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.block: nn.Module | None = None
+
     def begin(self, block: nn.Module, values: Any) -> None:
-        self.block: nn.Module | None = block
-        self.names, self.parents, self.above = [""], [()], [0]
+        self.block = block
         hidden = next(_floats(values))
+        self.names = [""]
+        self.parents: list[tuple[int, ...]] = [()]
+        self.above = [0]  # which nodes lead to each, as bits
         self.shapes = [hidden.shape]
         self.node = {id(hidden): 0}
         self.alive: list[Any] = [hidden]  # an id is reused once its tensor is gone
         self.open: list[tuple[nn.Module, int | None]] = []
         self.visits: list[_Visit] = []
         self.entered: list[nn.Module] = []
-
-    block = None
-    parents: list[tuple[int, ...]]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -211,7 +215,9 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
             unknown += found is None
             ends += [(self.visits.index(end), add, stream, end) for end in found or ()]
         final = next((v.gave for v in self.visits if v.module is self.block), None)
-        layers = [self._sub_layer(names, add, stream, end, final) for _, add, stream, end in sorted(ends, key=lambda e: e[0])]
+        layers = [
+            self._sub_layer(names, add, stream, end, final) for _, add, stream, end in sorted(ends, key=lambda e: e[0])
+        ]
         widths = {names[v.module]: self.shapes[v.gave][-1] for v in once if v.gave is not None and self.shapes[v.gave]}
         return BlockFlow(tuple(layers), widths, unknown)
 
@@ -229,9 +235,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return [
             (add, stream, branch)
             for add, stream, branch in found
-            if not any(
-                self._upto(add, other) and not self._upto(add, below) for _, below, other in found
-            )
+            if not any(self._upto(add, other) and not self._upto(add, below) for _, below, other in found)
         ]
 
     def _from(self, node: int, ancestor: int) -> bool:
@@ -261,9 +265,14 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         order = {module: i for i, module in reversed(list(enumerate(self.entered)))}
         assert end.gave is not None
         inside = [v for v in self.visits if self._between(v.gave, stream, end.gave) and v.module._parameters]
-        inside = sorted((v for v in inside if any(p is not None for p in v.module._parameters.values())), key=lambda v: order[v.module])
+        inside = sorted(
+            (v for v in inside if any(p is not None for p in v.module._parameters.values())),
+            key=lambda v: order[v.module],
+        )
         entry = next((v.module for v in inside if v.took == stream), None)
-        source = next((v.module for v in inside if any(p is not None and p.ndim > 1 for p in v.module._parameters.values())), None)
+        source = next(
+            (v.module for v in inside if any(p is not None and p.ndim > 1 for p in v.module._parameters.values())), None
+        )
         norm = next((v.module for v in self.visits if v.took == add and v.gave == final and is_norm(v.module)), None)
         return SubLayer(
             names[end.module],
@@ -288,35 +297,3 @@ def _all_tensors(values: Any) -> Iterator[Tensor]:
 
 def _floats(values: Any) -> Iterator[Tensor]:
     return (tensor for tensor in _all_tensors(values) if tensor.is_floating_point())
-
-
-def token_embeddings(module: nn.Module, blocks: Sequence[str]) -> list[nn.Embedding]:
-    """The embeddings that look up the token ids, as they are given, in a run on the meta device.
-
-    Args:
-        module: Any module.
-        blocks: Paths of its blocks.
-
-    Raises:
-        ValueError: None does.
-    """
-    for owner in map(module.get_submodule, _owners(blocks)):
-        found: list[nn.Module] = []
-        twins: dict[nn.Module, nn.Module] = {}
-        # What the run breaks off at comes later.
-        with suppress(Exception), torch.no_grad(), meta_run(owner, twins) as (twin, ids):
-            # A view has the storage of what it is a view of.
-            given = {tensor.untyped_storage()._cdata for tensor in ids.values()}
-
-            def look(child: nn.Module, args: Any, given: set[int] = given, found: list[nn.Module] = found) -> None:
-                if args[0].untyped_storage()._cdata in given:
-                    found.append(child)
-
-            for child in twin.modules():
-                if isinstance(child, nn.Embedding):
-                    child.register_forward_pre_hook(look)
-            twin(**ids)
-        embeddings = [c for c in owner.modules() if isinstance(c, nn.Embedding) and twins.get(c) in found]
-        if embeddings:
-            return embeddings
-    raise ValueError(f"{type(module).__name__} has no nn.Embedding that looks up token ids")

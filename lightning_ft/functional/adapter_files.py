@@ -173,7 +173,7 @@ def _parameters(module: nn.Module, name: str, layers: Layers) -> Iterator[tuple[
 
 def _spec(module: nn.Module, name: str) -> AdapterSpec:
     first: Adapters = next(a for _, a in all_adapters(module) if name in a.names())
-    return first.specs[name]
+    return AdapterSpec.of(first.specs[name])
 
 
 def _inside(module: nn.Module, layers: Layers) -> Iterator[tuple[str, nn.Parameter]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
-from lightning_ft.functional.adapter_layers import all_adapters
+from lightning_ft.functional.adapter_layers import all_adapters, linear
 from lightning_ft.functional.bottleneck import active_adapters, adapter_parameters, as_layers, freeze, use_adapters
 from lightning_ft.functional.invertible_adapter import all_couplings
 from lightning_ft.functional.trained_part import train_only
@@ -30,8 +30,9 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, generator: torch.Generator, like: Tensor) -> None:
         super().__init__()
-        self.query = _linear(width, generator, like)
-        self.key = _linear(width, generator, like)
+        self.query, self.key = (
+            linear(torch.empty(width, width).normal_(0, 0.02, generator=generator), like) for _ in range(2)
+        )
         self.value_delta = nn.Parameter(torch.zeros(width, width, device=like.device))
 
     def forward(self, hidden: Tensor, added: Sequence[Tensor]) -> Tensor:
@@ -41,7 +42,8 @@ class Fusion(nn.Module):
         scores = self.key(stacked) @ self.query(hidden.to(dtype)).unsqueeze(-1)
         weights = scores.float().softmax(-2).to(dtype)
         mixed = (weights * stacked).sum(-2)
-        return (mixed + mixed @ self.value_delta.T).to(hidden.dtype)
+        result: Tensor = mixed + mixed @ self.value_delta.T
+        return result.to(hidden.dtype)
 
 
 def add_fusion(
@@ -101,10 +103,3 @@ def add_fusion(
     use_adapters(module, [*below, fused])
     sizes = train_only(module, made, where)
     return Report("AdapterFusion", {"adapters": fused, "stack": active_adapters(module), **sizes}, rows)
-
-
-def _linear(width: int, generator: torch.Generator, like: Tensor) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, width, width)
-    layer.weight = nn.Parameter(torch.empty(width, width).normal_(0, 0.02, generator=generator).to(like.device))
-    layer.bias = nn.Parameter(torch.zeros(width, device=like.device))
-    return layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -17,7 +17,7 @@ Init = Literal["identity", "bert", "houlsby"]
 
 CHILD = "adapters"
 """Name under which a module holds what follows it: ``...output.dense.adapters.task.down.weight``."""
-_PHI = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh}
+_PHI: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "swish": F.silu, "tanh": torch.tanh}
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class BottleneckConfig:
             for bit; ``"bert"``: both N(0, 0.02²); ``"houlsby"``: both N(0, 0.01²), cut off at two deviations. Biases
             are 0.
         scale: s, the factor of what the adapter adds.
+        seed: Of the first weights. The global generator is left alone.
 
     Raises:
         ValueError: A value is unknown or out of range.
@@ -40,6 +41,7 @@ class BottleneckConfig:
     nonlinearity: Nonlinearity | None = None
     init: Init = "identity"
     scale: float | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.reduction is not None and not self.reduction > 0:
@@ -93,7 +95,6 @@ class Bottleneck(nn.Module):
 def _linear(
     inputs: int, outputs: int, init: Init, generator: torch.Generator, like: Tensor, *, zero: bool
 ) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     weight = torch.empty(outputs, inputs)
     if zero:
         weight.zero_()
@@ -103,6 +104,13 @@ def _linear(
         weight.normal_(0, 0.02, generator=generator)
     else:
         nn.init.trunc_normal_(weight, 0, 0.01, -0.02, 0.02, generator=generator)
+    return linear(weight, like)
+
+
+def linear(weight: Tensor, like: Tensor) -> nn.Linear:
+    """A linear layer with these weights and no bias yet, made without a draw, on the device of ``like``."""
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, device="meta")
     layer.weight = nn.Parameter(weight.to(like.device))
     layer.bias = nn.Parameter(torch.zeros(outputs, device=like.device))
     return layer
@@ -169,7 +177,7 @@ class Adapters(nn.Module):
             names = [element] if isinstance(element, str) else element
             hidden = [self._input(self.reads[name], output, caught) for name in names]
             added = [self.adapter(name)(h) for name, h in zip(names, hidden, strict=True)]
-            output = output + (added[0] if isinstance(element, str) else self.fusion(hidden[0], added))
+            output = output + (added[0] if isinstance(element, str) else self._modules["fusion"](hidden[0], added))  # type: ignore[misc]
         return output
 
     def _here(self, element: str | list[str]) -> bool:
@@ -188,9 +196,9 @@ class Adapters(nn.Module):
 
 def follow(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook of a module that has adapters; of a tuple the first part is the hidden state."""
-    if isinstance(output, tuple):
-        return (module.adapters(output[0]), *output[1:])
-    return module.adapters(output)
+    adapters = module._modules[CHILD]
+    assert adapters is not None
+    return (adapters(output[0]), *output[1:]) if isinstance(output, tuple) else adapters(output)
 
 
 def adapters_at(module: nn.Module, width: int) -> Adapters:

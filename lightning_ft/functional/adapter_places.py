@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ft.core.layers import Layers
-from lightning_ft.core.sub_layers import BlockFlow, SubLayer, block_flows, token_embeddings
+from lightning_ft.core.sub_layers import BlockFlow, SubLayer, block_flows
+from lightning_ft.core.token_embeddings import token_embeddings
 from lightning_ft.functional.adapter_layers import (
     Adapters,
     Bottleneck,
@@ -65,7 +66,7 @@ class AdapterSpec:
 
     name: str
     kind: str = "pfeiffer"
-    config: BottleneckConfig = BottleneckConfig()
+    config: BottleneckConfig = field(default_factory=BottleneckConfig)
     places: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -107,10 +108,12 @@ def as_config(config: Any) -> BottleneckConfig:
 def adapter_names(module: nn.Module) -> list[str]:
     """Names of all adapters in a module, in the order in which they came."""
     places = [adapters.names() for _, adapters in all_adapters(module)]
-    return list(dict.fromkeys(name for names in (*places, *(c.names() for c in all_couplings(module))) for name in names))
+    return list(
+        dict.fromkeys(name for names in (*places, *(c.names() for c in all_couplings(module))) for name in names)
+    )
 
 
-def hang(module: nn.Module, spec: AdapterSpec, *, seed: int, layers: Layers) -> list[tuple[str, Tensor]]:
+def hang(module: nn.Module, spec: AdapterSpec, *, layers: Layers) -> list[tuple[str, nn.Parameter]]:
     """Build one set of adapters, each where it belongs; none of them is at work yet.
 
     Returns:
@@ -127,8 +130,8 @@ def hang(module: nn.Module, spec: AdapterSpec, *, seed: int, layers: Layers) -> 
     blocks = [path for paths in layers.block_paths(module).values() for path in paths]
     flows = block_flows(module, blocks)
     chosen = _given(flows, spec.places) if spec.places is not None else _found(flows, spec.kind, kind)
-    generator = torch.Generator().manual_seed(seed)
-    made: list[tuple[str, Tensor]] = []
+    generator = torch.Generator().manual_seed(config.seed)
+    made: list[tuple[str, nn.Parameter]] = []
     for place in chosen:
         target = module.get_submodule(place.output)
         adapters = adapters_at(target, place.width)
@@ -188,4 +191,3 @@ def _given(flows: dict[str, BlockFlow], patterns: Sequence[str]) -> list[SubLaye
             raise ValueError(f"places: {pattern!r} matches no module that a block runs once; there are: {some}, ...")
     matched = [path for path in widths if any(re.search(pattern, path) for pattern in patterns)]
     return [SubLayer(path, path, path, None, widths[path]) for path in matched]
-

@@ -37,9 +37,9 @@ def bit_fit(module: nn.Module, *, layers: Layers | Mapping[str, Any] | None = No
         >>> bert = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **sizes))
         >>> print(bit_fit(bert))
         BitFit
-          biases: 384
-          share: 0.02783
-          trainable: 418
+          biases: 320
+          share: 0.02323
+          trainable: 354
           parameters: 13,810
 
     Reference:
@@ -57,8 +57,8 @@ def bit_fit(module: nn.Module, *, layers: Layers | Mapping[str, Any] | None = No
     biases = dict.fromkeys(p for _, p in named_biases(module) if p not in head)
     if not biases:
         raise ValueError(
-            f"BitFit trains biases, and {type(module).__name__} has none outside its head (Llama, T5 and ModernBERT are "
-            "made without): take LoRA or BottleneckAdapters, or Freeze('head', parameters=...) for its norms"
+            f"BitFit trains biases, and {type(module).__name__} has none outside its head (Llama, T5 and ModernBERT "
+            "are made without): take LoRA or BottleneckAdapters, or Freeze('head', parameters=...) for its norms"
         )
     count = sum(p.numel() for p in biases)
     body = sum(p.numel() for p in module.parameters() if p not in head)

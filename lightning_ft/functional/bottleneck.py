@@ -25,7 +25,6 @@ def add_adapters(
     name: str = "default",
     config: BottleneckConfig | Mapping[str, Any] | None = None,
     train_norms: bool = False,
-    seed: int = 0,
     places: Sequence[str] | None = None,
     layers: Layers | Mapping[str, Any] | None = None,
 ) -> Report:
@@ -43,9 +42,10 @@ def add_adapters(
       token embeddings, inverted before an output layer that shares their weights
       (:class:`~lightning_ft.functional.invertible_adapter.Coupling`).
 
-    Where the sub-layers end is read off the data flow of a run on the meta device (:mod:`lightning_ft.core.sub_layers`):
-    additions a + b with b computed from a. Decoders of an encoder-decoder have a sub-layer more, cross-attention. A block
-    that several layers share (ALBERT) has one set of adapters, which they share, too.
+    Where the sub-layers end is read off the data flow of a run on the meta device
+    (:mod:`lightning_ft.core.sub_layers`): additions a + b with b computed from a. Decoders of an encoder-decoder have a
+    sub-layer more, cross-attention. A block that several layers share (ALBERT) has one set of adapters, which they
+    share, too.
 
     Adapters added to a model that has some are stacked on those at work, which freeze: y goes through one after the
     other.
@@ -61,7 +61,6 @@ def add_adapters(
         name: Of these adapters, a part of their parameters' names.
         config: A :class:`~lightning_ft.functional.adapter_layers.BottleneckConfig`, or its values as a mapping.
         train_norms: Train the norms of the blocks, too (as Houlsby does).
-        seed: Of the first weights. The global generator is left alone.
         places: Regular expressions (``re.search``) on paths of modules inside blocks, where the sub-layers cannot be
             told: adapters follow what they match, and read its output (``"parallel"``: its input).
         layers: Where the blocks and the head are, if they are not found by themselves.
@@ -96,7 +95,7 @@ def add_adapters(
     spec = AdapterSpec(name, kind, as_config(config), None if places is None else tuple(places))
     norms = _block_norms(module, where) if train_norms else []
     below, earlier = active_adapters(module), adapter_parameters(module)
-    made = hang(module, spec, seed=seed, layers=where)
+    made = hang(module, spec, layers=where)
     use_adapters(module, [*below, name])
     freeze(earlier)
     sizes = train_only(module, [*(p for _, p in made), *norms], where)
@@ -130,7 +129,7 @@ def add_frozen_adapters(
     """
     where, before = as_layers(layers), active_adapters(module)
     specs = [AdapterSpec.of(settings) for settings in adapters]
-    made = [p for spec in specs for _, p in hang(module, spec, seed=0, layers=where)]
+    made = [p for spec in specs for _, p in hang(module, spec, layers=where)]
     freeze(made)
     use_adapters(module, [*before, *(spec.name for spec in specs if use)])
     # Not marked as the base: a checkpoint must hold them.

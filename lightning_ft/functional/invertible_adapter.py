@@ -11,7 +11,7 @@ from lightning_ft.functional.adapter_layers import CHILD, Bottleneck, Bottleneck
 
 
 class Coupling(nn.Module):
-    """o₁ = e₁ + F(e₂), o₂ = e₂ + G(o₁), on the two halves of an embedding; exactly invertible, and at first the identity.
+    """o₁ = e₁ + F(e₂), o₂ = e₂ + G(o₁), on the halves of an embedding: invertible, and at first the identity.
 
     F and G are bottlenecks of half the width, each with its own reduction (MAD-X: 2).
 
