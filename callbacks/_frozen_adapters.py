@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.core.layers import Layers
-from lightning_ft.functional.adapter_files import AdapterFile, fill_adapter, plain_layers
+from lightning_ft.functional.adapter_files import AdapterFile, check_base, fill_adapter, plain_layers
 
 
 class FrozenAdapters:
@@ -38,6 +38,7 @@ class FrozenAdapters:
 
         def fill() -> None:
             for file in files if altering.report is not None else ():
+                check_base(module, file, self.layers)
                 fill_adapter(module, file, layers=self.layers)
 
         altering.setup(module, fill)

@@ -78,7 +78,7 @@ def load_adapter(
     folder: str | os.PathLike[str],
     *,
     name: str | None = None,
-    check_base: bool = True,
+    check: bool = True,
     layers: Layers | None = None,
 ) -> Report:
     """Add a saved adapter, frozen; :func:`~lightning_ft.functional.bottleneck.use_adapters` puts it to work.
@@ -90,7 +90,7 @@ def load_adapter(
         module: Any module around the same pretrained model.
         folder: What :func:`save_adapter` wrote.
         name: Another name for it.
-        check_base: Refuse an adapter that was trained in other blocks; a base in another dtype counts as one.
+        check: Refuse an adapter that was trained in other blocks; a base in another dtype counts as one.
         layers: Where the blocks are, if they are not found by themselves.
 
     Raises:
@@ -98,10 +98,12 @@ def load_adapter(
         ValueError: It was trained in another model; there is another adapter of this name.
     """
     file = read_adapter(folder, name)
+    if check:
+        check_base(module, file, layers)
     if file.spec.name not in adapter_names(module):
         settings: dict[str, Any] = {"adapters": [file.spec.plain()], "use": False, "layers": plain_layers(layers)}
         alter(module, "frozen_adapters", settings)
-    fill_adapter(module, file, check_base=check_base, layers=layers)
+    fill_adapter(module, file, layers=layers)
     return Report("Loaded adapter", {"name": file.spec.name, "kind": file.spec.kind, "tensors": len(file.tensors)})
 
 
@@ -121,29 +123,34 @@ def read_adapter(folder: str | os.PathLike[str], name: str | None = None) -> Ada
     return AdapterFile(spec, load_file(path / _WEIGHTS), facts["base_sha256"])
 
 
-def fill_adapter(
-    module: nn.Module, file: AdapterFile, *, check_base: bool = True, layers: Layers | None = None
-) -> None:
+def fill_adapter(module: nn.Module, file: AdapterFile, *, layers: Layers | None = None) -> None:
     """Load the weights of an adapter into one of its name and shape.
 
     Raises:
-        ValueError: It was trained in other blocks; the module's adapter has another shape.
+        ValueError: The module's adapter has another shape.
     """
-    where = layers or Layers()
-    if check_base and (found := _base_hash(module, where)) != file.base:
-        raise ValueError(
-            f"the adapter {file.spec.name!r} was trained in blocks with sha256 {file.base[:16]}…, and those of "
-            f"{type(module).__name__} have {found[:16]}…: build it from the same pretrained weights, or pass "
-            "check_base=False where they differ in no more than their dtype"
-        )
-    own = dict(_parameters(module, file.spec.name, where))
+    own = dict(_parameters(module, file.spec.name, layers or Layers()))
     wrong = sorted(own.keys() ^ file.tensors.keys())
-    wrong += [key for key in own.keys() & file.tensors.keys() if own[key].shape != file.tensors[key].shape]
+    wrong += [key for key in own if key not in wrong and own[key].shape != file.tensors[key].shape]
     if wrong:
         raise ValueError(f"the adapter {file.spec.name!r} in the model is another one than in the file: {wrong[0]}")
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(file.tensors[key])
+
+
+def check_base(module: nn.Module, file: AdapterFile, layers: Layers | None = None) -> None:
+    """See that an adapter was trained in the blocks of this module.
+
+    Raises:
+        ValueError: It was not.
+    """
+    if (found := _base_hash(module, layers or Layers())) != file.base:
+        raise ValueError(
+            f"the adapter {file.spec.name!r} was trained in blocks with sha256 {file.base[:16]}…, and those of "
+            f"{type(module).__name__} have {found[:16]}…: build it from the same pretrained weights (or load it with "
+            "check=False, where they differ in no more than their dtype)"
+        )
 
 
 def plain_layers(layers: Layers | None) -> dict[str, Any] | None:
