@@ -251,7 +251,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _last_modules(self, node: int, stream: int, once: Sequence[_Visit]) -> list[_Visit] | None:
         """The modules with parameters that gave ``node``, or what was only carried on to it."""
         for visit in once:  # the innermost is left first
-            if visit.gave == node and visit.took != node and _has_parameters(visit.module):
+            if visit.gave == node and _has_parameters(visit.module):
                 return [visit]
         parents = [p for p in dict.fromkeys(self.parents[node]) if self._from(p, stream)]
         if self.names[node] not in _CARRIES or not parents or (self.names[node] in _SCALES and len(parents) > 1):

@@ -172,9 +172,27 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
             )
         model(input_ids=_ids(model)).logits.sum().backward()
         gradients.append([p.grad for p in adapter_parameters(model)])
-        copy.deepcopy(model)  # nothing of the graph is held
     assert identical(*gradients)
     assert all(g is not None and g.any() for g in gradients[0])
+
+
+def test_a_pass_that_broke_off_holds_nothing_in_copies() -> None:
+    """A tensor with a graph behind it can neither be copied nor pickled."""
+    model: Any = tiny("bert").train()
+    add_adapters(model, kind="houlsby", train_norms=True)
+    add_adapters(model, kind="parallel", name="second")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.bert.encoder.layer[2].output.dense.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=_ids(model))
+    handle.remove()
+    caught = model.bert.encoder.layer[2].output.dense.adapters.taps["input"]
+    assert caught.value.grad_fn is not None
+    assert torch.equal(_logits(copy.deepcopy(model)), _logits(model))
+    pickle.dumps(model)
 
 
 def test_over_a_base_in_16_bits_they_learn_in_32() -> None:
@@ -293,6 +311,10 @@ def test_the_tied_output_layer_takes_the_inverse(name: str) -> None:
     coupling: Any = couplings.get_submodule("lang")
     out = one + _bottleneck(coupling.first, two)
     torch.testing.assert_close(couplings(x), torch.cat([out, two + _bottleneck(coupling.second, out)], -1))
+    add_adapters(model, kind="mad-x", name="dialect", layers=Layers(head=[]))
+    _draw(model, scale=0.3)
+    assert couplings.active == ["lang", "dialect"]
+    torch.testing.assert_close(couplings.inverse(couplings(x)), x, rtol=0, atol=1e-4)
     # By hand: the embeddings adapted on the way in, and what enters the output layer inverted on the way out.
     for place in (adapters for _, adapters in all_adapters(model)):
         place.active = []
