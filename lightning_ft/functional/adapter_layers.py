@@ -117,17 +117,19 @@ def linear(weight: Tensor, like: Tensor) -> nn.Linear:
 
 
 class Tap:
-    """Hands a tensor from where it is in a forward pass to where it is needed; empty between two passes."""
+    """Hands a tensor from where it is in a forward pass to where it is needed; empty between two passes.
 
-    def __init__(self) -> None:
+    Args:
+        path: Of the module whose input it is.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.value: Tensor | None = None
 
-    def __getstate__(self) -> dict[str, None]:
+    def __getstate__(self) -> dict[str, Any]:
         # A copy of the model must not hold on to (or fail on) a tensor of a pass that broke off.
-        return {"value": None}
-
-    def __setstate__(self, state: dict[str, None]) -> None:
-        self.value = None
+        return {"path": self.path, "value": None}
 
     def catch(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook: keep the module's input."""

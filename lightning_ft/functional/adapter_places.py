@@ -153,11 +153,17 @@ def hang(module: nn.Module, spec: AdapterSpec, *, layers: Layers) -> list[tuple[
 
 def _wire(module: nn.Module, place: SubLayer, reads: Reads, adapters: Adapters) -> None:
     """Let what adapters read be caught where it passes."""
-    if reads == "output" or reads in adapters.taps:
-        return
     path = place.entry if reads == "block" else place.source
-    assert path is not None
-    adapters.taps[reads] = tap = Tap()
+    if reads == "output" or path is None:
+        return
+    if (known := adapters.taps.get(reads)) is not None:
+        if known.path != path:
+            raise ValueError(
+                f"places: adapters at {place.output} read the input of {known.path} already, and would now read "
+                f"that of {path}: give other places"
+            )
+        return
+    adapters.taps[reads] = tap = Tap(path)
     module.get_submodule(path).register_forward_pre_hook(tap.catch, with_kwargs=True)
     if reads == "block" and place.norm is not None:
         adapters.norm.append(module.get_submodule(place.norm))

@@ -234,6 +234,15 @@ def test_given_places() -> None:
         add_adapters(tiny("bert"), places=["mlp"])
 
 
+def test_two_inputs_for_one_place_are_refused() -> None:
+    model = tiny("bert")
+    add_adapters(model, kind="parallel")
+    with pytest.raises(
+        ValueError, match=r"output.dense read the input of .*intermediate.dense already, .*other places"
+    ):
+        add_adapters(model, kind="parallel", name="other", places=[r"\.\d\.output\.dense$"])
+
+
 # ---- several
 
 
