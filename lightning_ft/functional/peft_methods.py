@@ -1,0 +1,404 @@
+"""Methods of peft on the transformer inside any module: what is adapted, what trains, what stays as it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_ft.core.base_weights import mark_base
+from lightning_ft.core.layers import Layers
+from lightning_ft.core.report import Report
+
+ALL_LINEAR = "all-linear"
+_TUNER = "_lightning_ft_peft_tuner"
+# What these draw takes the largest part out of the base's own weights.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def adapt(
+    module: nn.Module,
+    *,
+    config: Mapping[str, Any],
+    transformer: str | None = None,
+    layers: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    adapter: str = "default",
+) -> Report:
+    """Put an adapter of peft into the transformer inside ``module``, in place, and freeze all else but the head.
+
+    Layers are replaced within the model (``peft.inject_adapter_in_model``), and prompts enter it by hooks
+    (:mod:`lightning_ft.functional.peft_prompts`): the model stays the object, of the class, that the module's own code
+    knows. The head trains as it is, without a copy (``modules_to_save``), for every method. What trains beside it is
+    what peft says: adapters, biases (``bias=``), the user's ``modules_to_save``.
+
+    Where ``target_modules`` is not given and peft knows no default for the model, all linear layers outside the head
+    are adapted, which is also what ``"all-linear"`` means here. Layers of ``nn.MultiheadAttention`` are never called
+    as layers, and are left out.
+
+    The output layer of a language model is pretrained: it is no head, unless ``layers`` says so. Weights from which
+    the adapter takes a part when it is drawn (PiSSA, OLoRA, CorDA, LoftQ) are frozen, but no part of the base any more:
+    checkpoints hold them.
+
+    Args:
+        module: The module that is trained.
+        config: ``PeftConfig`` as plain types, see :func:`plain_config`.
+        transformer: Path of the module to adapt, where there are several models of transformers. Without any, a
+            module with a list of blocks is adapted as a whole.
+        layers: Arguments of :class:`~lightning_ft.core.layers.Layers`: where the head is.
+        seed: Of the new weights, which take nothing from the global generator.
+        adapter: Name of the adapter.
+
+    Returns:
+        What was adapted, and what trains.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: No transformer, or several; it is adapted already; nothing that the configuration names is there;
+            the method cannot be put into a model.
+
+    Example:
+        >>> import torch, peft
+        >>> layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> backbone = torch.nn.ModuleDict({"tokens": torch.nn.Embedding(9, 8), "layers": torch.nn.ModuleList([layer])})
+        >>> model = torch.nn.ModuleDict({"backbone": backbone, "classifier": torch.nn.Linear(8, 2)})
+        >>> config = plain_config(peft.LoraConfig(r=2, target_modules=["linear1"]))
+        >>> layers = {"blocks": "backbone.layers", "head": "classifier"}
+        >>> report = adapt(model, config=config, layers=layers)
+        >>> report.facts["adapter parameters"], report.facts["head parameters"]
+        (48, 18)
+
+    Reference:
+        Hu et al. 2022, "LoRA"; Mangrulkar et al. 2022, https://github.com/huggingface/peft.
+    """
+    where = Layers(**layers) if layers else Layers()
+    settings = read_config(config)
+    path, target = find_transformer(module, transformer, where)
+    if adapter in getattr(target, "peft_config", {}):
+        raise ValueError(f"{path or 'the module'} has an adapter {adapter!r} already: give this one another adapter=")
+    head = head_parameters(module, target, where)
+    before = set(module.parameters())
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.manual_seed(seed)
+        warnings.filterwarnings("ignore", message="(?s).*(exclude_modules|fan_in_fan_out|Already found a `peft_config`)")
+        if settings.is_prompt_learning:
+            from lightning_ft.functional.peft_prompts import add_prompts
+
+            changed: list[nn.Parameter] = []
+            add_prompts(path, target, settings, adapter)
+        else:
+            changed = _inject(path, target, settings, adapter, head)
+    for parameter in head:
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    inside, kept = set(target.parameters()), head | adapter_parameters(module) | set(changed)
+    mark_base(
+        module, (p for p in before - kept if p not in inside or not p.requires_grad or settings.is_prompt_learning)
+    )
+    _call_layers_always(target)
+    return _report(module, settings, before, head, path)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A configuration of peft as plain types, which a weights-only checkpoint may hold.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not (dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
+        raise TypeError(f"config must be a configuration of peft, such as peft.LoraConfig(r=8); got {config!r}")
+    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    nested = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in known.items()}  # type: ignore[arg-type]
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, set | frozenset):
+            return sorted(value)
+        raise TypeError(f"config holds a {type(value).__name__}, which a checkpoint cannot hold")
+
+    result: dict[str, Any] = json.loads(json.dumps(nested, default=plain))
+    return result
+
+
+def read_config(config: Mapping[str, Any]) -> Any:
+    """The configuration that :func:`plain_config` made plain.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: peft has no such method.
+    """
+    peft = import_peft()
+    if config["peft_type"] not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"config: peft {peft.__version__} has no method {config['peft_type']!r}")
+    given = dict(config)
+    for name, kind in (("runtime_config", "LoraRuntimeConfig"), ("loftq_config", None)):
+        if kind and isinstance(given.get(name), dict):
+            given[name] = getattr(sys.modules["peft.tuners.lora.config"], kind)(**given[name])
+    return peft.PeftConfig.from_peft_type(**given)
+
+
+def import_peft() -> Any:
+    """The package peft.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import peft
+        import peft.functional
+    except ImportError as error:
+        raise ImportError("parameter-efficient methods need peft: pip install lightning-ft, which brings it") from error
+    return peft
+
+
+# ---- the transformer, its head, its layers
+
+
+def find_transformer(module: nn.Module, path: str | None, layers: Layers) -> tuple[str, nn.Module]:
+    """The module that is adapted, and its path.
+
+    Raises:
+        ValueError: There is none, or several, or none at ``path``.
+    """
+    models = _outermost_models(module)
+    if path is not None:
+        known = dict(module.named_modules())
+        if path not in known:
+            raise ValueError(f"module={path!r} is no submodule; models of transformers: {', '.join(models) or 'none'}")
+        return path, known[path]
+    if len(models) > 1:
+        raise ValueError(
+            f"module= must say which model to adapt: {type(module).__name__} has {', '.join(models)}; write "
+            f"module={next(iter(models))!r}"
+        )
+    if models:
+        return next(iter(models.items()))
+    try:
+        layers.of(module)
+    except ValueError as error:
+        raise ValueError(
+            f"no transformer found in {type(module).__name__}: it holds no model of transformers, and {error}. Say "
+            'module="path.to.the.network"'
+        ) from error
+    return "", module
+
+
+def _outermost_models(module: nn.Module) -> dict[str, nn.Module]:
+    # Without an import: where transformers was never loaded, nothing is of it.
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, modeling.PreTrainedModel) and not any(f"{name}.".startswith(f"{o}.") or not o for o in found):
+            found[name] = child
+    return found
+
+
+def head_parameters(module: nn.Module, transformer: nn.Module, layers: Layers) -> set[nn.Parameter]:
+    """The head's, without a language model's output layer, which is pretrained, unless ``layers`` names the head."""
+    groups = layers.of(module)
+    head = set(groups.parameters("head")) if "head" in groups else set()
+    if layers.head is not None or layers.groups is not None:
+        return head
+    output = getattr(transformer, "get_output_embeddings", lambda: None)()
+    return head - (set(output.parameters()) if isinstance(output, nn.Module) else set())
+
+
+def linear_names(transformer: nn.Module, head: Collection[nn.Parameter]) -> list[str]:
+    """Names of the linear layers (of torch, of bitsandbytes, Conv1D of transformers) outside the head."""
+    conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
+    attention = {p for m in transformer.modules() if isinstance(m, nn.MultiheadAttention) for p in m.parameters()}
+    output = getattr(transformer, "get_output_embeddings", lambda: None)()
+    apart = set(head) | attention | (set(output.parameters()) if isinstance(output, nn.Module) else set())
+    return [
+        name
+        for name, child in transformer.named_modules()
+        if isinstance(child, nn.Linear | conv) and not set(child.parameters()) & apart
+    ]
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether a layer is one that peft has put in another's place."""
+    utils, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
+    kinds = getattr(utils, "BaseTunerLayer", None), getattr(other, "AuxiliaryTrainingWrapper", None)
+    return any(kind is not None and isinstance(module, kind) for kind in kinds)
+
+
+def adapter_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """What peft has added to a module: adapters, prompts, copies of ``modules_to_save``."""
+    found: set[nn.Parameter] = set()
+    for child in module.modules():
+        if is_adapter_layer(child) or getattr(child, "is_lightning_ft_prompts", False):
+            inner = getattr(child, "base_layer", None) or getattr(child, "original_module", None)
+            found |= set(child.parameters()) - set(inner.parameters() if isinstance(inner, nn.Module) else ())
+    return found
+
+
+def tuner_of(transformer: nn.Module) -> Any:
+    """The object of peft that manages the adapters in a model; None where there are none, or prompts only."""
+    return vars(transformer).get(_TUNER)
+
+
+# ---- injection
+
+
+def _inject(
+    path: str, target: nn.Module, config: Any, adapter: str, head: Collection[nn.Parameter]
+) -> list[nn.Parameter]:
+    """Replace layers; returns the parameters of the base that the adapter's first weights were taken out of."""
+    peft = import_peft()
+    kind = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if kind is None or kind.uses_shared_state or config.is_adaption_prompt:
+        raise ValueError(
+            f"config: {config.peft_type.value} keeps weights that all layers share outside of the model: use a method "
+            "whose weights are in the layers, such as LoRA, or in the prompt"
+        )
+    if not getattr(target, "peft_config", None) and any(is_adapter_layer(child) for child in target.modules()):
+        raise ValueError(f"{path or 'the module'} is adapted by peft already: leave PEFT out, or load the plain model")
+    _resolve_targets(target, config, kind, head)
+    _leave_out_head(target, config, head)
+    found = linear_names(target, head)
+    quantised = _quantised(target)
+    try:
+        with _flags(target, **quantised):
+            tuner = kind(target, config, adapter_name=adapter)
+    except ValueError as error:
+        endings = sorted({name.rpartition(".")[2] for name in found})
+        raise ValueError(f"config: {error} Linear layers of {type(target).__name__}: {', '.join(endings)}") from error
+    peft.functional.cast_adapter_dtype(target, adapter)
+    vars(target)[_TUNER] = tuner
+    if hasattr(type(target), "_hf_peft_config_loaded"):
+        target._hf_peft_config_loaded = True  # type: ignore[assignment]  # what transformers' own add_adapter says
+    if any(quantised.values()):
+        _prepare_quantised(target)
+    if getattr(target, "is_gradient_checkpointing", False) and hasattr(target, "enable_input_require_grads"):
+        target.enable_input_require_grads()  # type: ignore[operator]  # else a frozen first block has no gradients
+    init = getattr(config, "init_lora_weights", None)
+    if not (isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)):
+        return []
+    layers = [m for m in target.modules() if is_adapter_layer(m)]
+    for layer in layers:
+        _keep_start(layer, adapter)
+    return [layer.get_base_layer().weight for layer in layers if hasattr(layer, "get_base_layer")]  # type: ignore[operator]
+
+
+def _resolve_targets(target: nn.Module, config: Any, kind: Any, head: Collection[nn.Parameter]) -> None:
+    if not hasattr(config, "target_modules") or config.peft_type == "TRAINABLE_TOKENS":
+        return
+    if config.target_modules is None and getattr(config, "target_parameters", None):
+        return
+    model_type = getattr(getattr(target, "config", None), "model_type", None)
+    default = config.target_modules is None and model_type not in (kind.target_module_mapping or {})
+    if default or (isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR):
+        config.target_modules = set(linear_names(target, head))
+        if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
+            config.feedforward_modules = set()
+
+
+def _leave_out_head(target: nn.Module, config: Any, head: Collection[nn.Parameter]) -> None:
+    """No adapter in a layer that trains as a whole, and no second copy of it."""
+    if not hasattr(config, "exclude_modules"):
+        return
+    inside = head_modules(target, head)
+    if getattr(config, "modules_to_save", None):
+        config.modules_to_save = [m for m in config.modules_to_save if not any(_named(m, name) for name in inside)] or None
+    if not inside:
+        return
+    names = "|".join(f"{re.escape(name)}(\\..*)?" for name in inside)
+    given = config.exclude_modules or ()
+    if not isinstance(given, str):
+        given = "|".join(f"(.*\\.)?{re.escape(name)}" for name in sorted(given))
+    config.exclude_modules = f"{given}|{names}" if given else names
+
+
+def head_modules(transformer: nn.Module, head: Collection[nn.Parameter]) -> list[str]:
+    """Paths of the largest modules inside a model that hold nothing but the head's parameters."""
+    found: list[str] = []
+    for name, child in transformer.named_modules():
+        own = set(child.parameters())
+        if name and own and own <= set(head) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    return found
+
+
+def _named(pattern: str, name: str) -> bool:
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def _quantised(target: nn.Module) -> dict[str, bool]:
+    names = {kind.__name__ for child in target.modules() for kind in type(child).__mro__}
+    return {"is_loaded_in_4bit": "Linear4bit" in names, "is_loaded_in_8bit": "Linear8bitLt" in names}
+
+
+@contextmanager
+def _flags(target: nn.Module, **flags: bool) -> Iterator[None]:
+    """By which peft takes its layers for quantised weights; transformers would take more from them."""
+    own = {name: vars(target)[name] for name in flags if name in vars(target)}
+    vars(target).update(flags)
+    try:
+        yield
+    finally:
+        for name in flags:
+            del vars(target)[name]
+        vars(target).update(own)
+
+
+def _prepare_quantised(target: nn.Module) -> None:
+    """Norms and embeddings in fp32, as `prepare_model_for_kbit_training` has them."""
+    for parameter in target.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.float()
+
+
+def _keep_start(layer: Any, adapter: str) -> None:
+    """The first A and B, whose product was taken out of the base: saved adapters are told apart from it by them."""
+    if adapter in getattr(layer, "lora_A", {}):
+        pair = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+        vars(layer).setdefault("_lightning_ft_start", {})[adapter] = [p.detach().clone() for p in pair]
+
+
+def _do_nothing(*_: Any) -> None:
+    return None
+
+
+def _call_layers_always(target: nn.Module) -> None:
+    """In eval mode torch's encoder layer computes with its weights by itself, past what took its layers' place.
+
+    Not where a hook is attached to it.
+    """
+    for child in target.modules():
+        if isinstance(child, nn.TransformerEncoderLayer) and any(map(is_adapter_layer, child.modules())):
+            if _do_nothing not in child._forward_pre_hooks.values():
+                child.register_forward_pre_hook(_do_nothing)
+
+
+def _report(
+    module: nn.Module, config: Any, before: Collection[nn.Parameter], head: Collection[nn.Parameter], path: str
+) -> Report:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    new = sum(p.numel() for p in trained if p not in before)
+    total = sum(_size(p) for p in module.parameters())
+    facts = {
+        "method": config.peft_type.value,
+        "transformer": path or type(module).__name__,
+        "adapted layers": sum(is_adapter_layer(child) for child in module.modules()),
+        "adapter parameters": new,
+        "head parameters": sum(p.numel() for p in trained if p in head),
+        "other trained parameters": sum(p.numel() for p in trained if p in before and p not in head),
+        "trainable share": sum(p.numel() for p in trained) / max(total, 1),
+    }
+    return Report("Adapted by peft", facts)
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """Of a weight in 4 bits, of which two lie in a byte, the number of values."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
