@@ -34,6 +34,15 @@ def mark_base(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             setattr(child, _MARK, vars(child).get(_MARK, set()) | names)
 
 
+def unmark_base(module: nn.Module) -> None:
+    """Forget what :func:`mark_base` marked, and let it train: it was changed, as by a merge."""
+    for child in module.modules():
+        for name in vars(child).pop(_MARK, ()):
+            parameter = child._parameters[name]
+            if parameter is not None and parameter.is_floating_point():
+                parameter.requires_grad_(True)
+
+
 def base_names(module: nn.Module) -> set[str]:
     """Names, as in ``named_parameters(remove_duplicate=False)``, of what :func:`mark_base` marked."""
     return {f"{path}{name}" for path, child in _marked(module) for name in vars(child)[_MARK]}

@@ -7,8 +7,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -88,11 +87,14 @@ def adapt(
     before = set(module.parameters())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.manual_seed(seed)
-        warnings.filterwarnings("ignore", message="(?s).*(exclude_modules|fan_in_fan_out|Already found a `peft_config`)")
+        warnings.filterwarnings(
+            "ignore", message="(?s).*(exclude_modules|fan_in_fan_out|Already found a `peft_config`)"
+        )
         if settings.is_prompt_learning:
             from lightning_ft.functional.peft_prompts import add_prompts
 
             changed: list[nn.Parameter] = []
+            _leave_out_head(target, settings, head)
             add_prompts(path, target, settings, adapter)
         else:
             changed = _inject(path, target, settings, adapter, head)
@@ -142,6 +144,12 @@ def read_config(config: Mapping[str, Any]) -> Any:
         if kind and isinstance(given.get(name), dict):
             given[name] = getattr(sys.modules["peft.tuners.lora.config"], kind)(**given[name])
     return peft.PeftConfig.from_peft_type(**given)
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter's first weights are taken out of the base's."""
+    init = config.get("init_lora_weights")
+    return isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)
 
 
 def import_peft() -> Any:
@@ -197,7 +205,9 @@ def _outermost_models(module: nn.Module) -> dict[str, nn.Module]:
         return {}
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        if isinstance(child, modeling.PreTrainedModel) and not any(f"{name}.".startswith(f"{o}.") or not o for o in found):
+        if isinstance(child, modeling.PreTrainedModel) and not any(
+            f"{name}.".startswith(f"{o}.") or not o for o in found
+        ):
             found[name] = child
     return found
 
@@ -242,6 +252,17 @@ def adapter_parameters(module: nn.Module) -> set[nn.Parameter]:
     return found
 
 
+def second_factors(transformer: nn.Module, adapter: str) -> list[nn.Parameter]:
+    """The B of all LoRA layers, whose learning rate LoRA+ sets apart."""
+    pairs = [getattr(child, "lora_B", None) for child in transformer.modules() if is_adapter_layer(child)]
+    return [
+        p
+        for layers in pairs
+        if isinstance(layers, nn.ModuleDict) and adapter in layers
+        for p in layers[adapter].parameters()
+    ]
+
+
 def tuner_of(transformer: nn.Module) -> Any:
     """The object of peft that manages the adapters in a model; None where there are none, or prompts only."""
     return vars(transformer).get(_TUNER)
@@ -266,10 +287,8 @@ def _inject(
     _resolve_targets(target, config, kind, head)
     _leave_out_head(target, config, head)
     found = linear_names(target, head)
-    quantised = _quantised(target)
     try:
-        with _flags(target, **quantised):
-            tuner = kind(target, config, adapter_name=adapter)
+        tuner = kind(target, config, adapter_name=adapter)
     except ValueError as error:
         endings = sorted({name.rpartition(".")[2] for name in found})
         raise ValueError(f"config: {error} Linear layers of {type(target).__name__}: {', '.join(endings)}") from error
@@ -277,12 +296,11 @@ def _inject(
     vars(target)[_TUNER] = tuner
     if hasattr(type(target), "_hf_peft_config_loaded"):
         target._hf_peft_config_loaded = True  # type: ignore[assignment]  # what transformers' own add_adapter says
-    if any(quantised.values()):
+    if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in target.modules()):
         _prepare_quantised(target)
     if getattr(target, "is_gradient_checkpointing", False) and hasattr(target, "enable_input_require_grads"):
         target.enable_input_require_grads()  # type: ignore[operator]  # else a frozen first block has no gradients
-    init = getattr(config, "init_lora_weights", None)
-    if not (isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)):
+    if not changes_base(plain_config(config)):
         return []
     layers = [m for m in target.modules() if is_adapter_layer(m)]
     for layer in layers:
@@ -305,12 +323,12 @@ def _resolve_targets(target: nn.Module, config: Any, kind: Any, head: Collection
 
 def _leave_out_head(target: nn.Module, config: Any, head: Collection[nn.Parameter]) -> None:
     """No adapter in a layer that trains as a whole, and no second copy of it."""
-    if not hasattr(config, "exclude_modules"):
-        return
     inside = head_modules(target, head)
     if getattr(config, "modules_to_save", None):
-        config.modules_to_save = [m for m in config.modules_to_save if not any(_named(m, name) for name in inside)] or None
-    if not inside:
+        config.modules_to_save = [
+            m for m in config.modules_to_save if not any(_named(m, name) for name in inside)
+        ] or None
+    if not inside or not hasattr(config, "exclude_modules"):
         return
     names = "|".join(f"{re.escape(name)}(\\..*)?" for name in inside)
     given = config.exclude_modules or ()
@@ -331,24 +349,6 @@ def head_modules(transformer: nn.Module, head: Collection[nn.Parameter]) -> list
 
 def _named(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
-
-
-def _quantised(target: nn.Module) -> dict[str, bool]:
-    names = {kind.__name__ for child in target.modules() for kind in type(child).__mro__}
-    return {"is_loaded_in_4bit": "Linear4bit" in names, "is_loaded_in_8bit": "Linear8bitLt" in names}
-
-
-@contextmanager
-def _flags(target: nn.Module, **flags: bool) -> Iterator[None]:
-    """By which peft takes its layers for quantised weights; transformers would take more from them."""
-    own = {name: vars(target)[name] for name in flags if name in vars(target)}
-    vars(target).update(flags)
-    try:
-        yield
-    finally:
-        for name in flags:
-            del vars(target)[name]
-        vars(target).update(own)
 
 
 def _prepare_quantised(target: nn.Module) -> None:

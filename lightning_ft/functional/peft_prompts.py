@@ -49,10 +49,26 @@ class LearntPrompts(nn.Module):
         self.encoders[name] = encoder
         self.active = name
 
-    def vectors(self) -> Tensor:
-        """The active prompts: (virtual tokens, width), or (virtual tokens, 2 * layers * width) of a prefix."""
-        assert self.active is not None
-        config, encoder = self.configs[self.active], self.encoders[self.active]
+    def fill(self, name: str, vectors: Tensor) -> None:
+        """Give prompts the vectors that were saved of them.
+
+        Raises:
+            ValueError: They are of another shape.
+        """
+        weight = self.vectors(name)
+        if weight.shape != vectors.shape:
+            raise ValueError(
+                f"the adapter does not fit this model: its prompts are of shape {tuple(vectors.shape)}, and here they "
+                f"must be {tuple(weight.shape)}"
+            )
+        with torch.no_grad():
+            weight.copy_(vectors)
+
+    def vectors(self, name: str | None = None) -> Tensor:
+        """The prompts of a name: (virtual tokens, width), or (virtual tokens, 2 * layers * width) of a prefix."""
+        name = name or self.active
+        assert name is not None
+        config, encoder = self.configs[name], self.encoders[name]
         weight: Tensor = encoder.embedding.weight  # type: ignore[union-attr, assignment]
         if config.inference_mode:
             return weight
@@ -175,6 +191,13 @@ def add_prompts(path: str, model: Any, config: Any, adapter: str) -> None:
             decoder.register_forward_pre_hook(_SeenByDecoder(prompts), with_kwargs=True)
     elif prompts.where != where:
         raise ValueError(f"config: {path or 'the module'} has prompts of another kind already: {kind} cannot join them")
+    if config.modules_to_save:
+        raise ValueError(f"config: modules_to_save={config.modules_to_save} must be left out: the head trains anyway")
+    if config.num_virtual_tokens is None or (config.num_transformer_submodules or 1) != 1:
+        raise ValueError(
+            f"config: num_virtual_tokens must be a number, and num_transformer_submodules 1; got "
+            f"{config.num_virtual_tokens} and {config.num_transformer_submodules}"
+        )
     _complete(config, network, embedding)
     prompts.add(adapter, config, _encoder(config, embedding))
     prompts.to(embedding.weight.device)
@@ -197,7 +220,9 @@ def _complete(config: Any, network: Any, embedding: Any) -> None:
         config.token_dim = config.token_dim or embedding.embedding_dim
     else:
         width = getattr(settings, "head_dim", None) or getattr(settings, "d_kv", None) or settings.hidden_size // heads
-        config.num_attention_heads = config.num_attention_heads or getattr(settings, "num_key_value_heads", None) or heads
+        config.num_attention_heads = (
+            config.num_attention_heads or getattr(settings, "num_key_value_heads", None) or heads
+        )
         config.token_dim = config.token_dim or config.num_attention_heads * width
     if hasattr(config, "encoder_hidden_size"):
         config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim

@@ -1,0 +1,418 @@
+"""Adapters of peft as folders: saved, loaded beside others, switched, combined, each with its head."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ft.core.base_weights import base_names
+from lightning_ft.core.files import atomic_folder
+from lightning_ft.core.layers import Layers
+from lightning_ft.core.report import Report
+from lightning_ft.functional.alterations import alter, alterations, remember
+from lightning_ft.functional.delta import content_hash
+from lightning_ft.functional.peft_methods import (
+    adapter_parameters,
+    find_transformer,
+    head_modules,
+    head_parameters,
+    import_peft,
+    is_adapter_layer,
+    plain_config,
+    read_config,
+    tuner_of,
+)
+from lightning_ft.functional.peft_prompts import prompts_of
+
+Combination = Literal["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"]
+_PREFIX = "base_model.model."
+_HEADS = "_lightning_ft_peft_heads"
+_FACTS = "lightning_ft.json"
+
+
+def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str = "default") -> Report:
+    """Write an adapter, and the head that was trained with it, as a folder in peft's format.
+
+    ``adapter_config.json`` and ``adapter_model.safetensors`` are what ``PeftModel.from_pretrained`` opens over the
+    transformer; a head inside the transformer is in there, too (``modules_to_save``). ``head.safetensors`` holds the
+    rest of the head: what lies outside the transformer, or what the method has no place for. ``lightning_ft.json``
+    holds SHA-256 hashes of the base's weights. A language model's tied output layer is the base's, and not copied.
+
+    An adapter that was taken out of the base's weights when it was drawn (PiSSA, OLoRA) is written as a LoRA of twice
+    the rank, BA − B₀A₀, which goes over the plain base.
+
+    Sequences that a head pools outside the network (RoBERTa's) are pooled at the text's first token under learnt
+    prompts, and by ``PeftModel`` at the first virtual one.
+
+    Args:
+        module: The adapted module.
+        folder: Where to write; replaced as a whole.
+        name: Of the adapter.
+
+    Returns:
+        Sizes.
+
+    Raises:
+        ValueError: There is no such adapter.
+    """
+    from safetensors.torch import save_file
+
+    _settings(module, name)
+    target = _transformer(module, _first(module))
+    config = read_config(plain_config(_configs(target)[name]))
+    head = _head_of(module, name)
+    tensors, config = _tensors(target, name, config)
+    inside = _saved_with_adapter(module, target, head, config)
+    if inside:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *inside})
+        own = _inside(_path(target, module), head, inside)
+        tensors |= {f"{_PREFIX}{key}": value for key, value in own.items()}
+    rest = {n: t for n, t in head.items() if not any(n.startswith(f"{_path(target, module)}{m}.") for m in inside)}
+    config.inference_mode = True
+    with atomic_folder(Path(folder)) as made:
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            made / "adapter_model.safetensors",
+        )
+        config.save_pretrained(str(made))
+        if rest:
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in rest.items()}, made / "head.safetensors"
+            )
+        (made / _FACTS).write_text(json.dumps({"base": base_digests(module, target)}, indent=2))
+    sizes = {"adapter": sum(t.nbytes for t in tensors.values()), "head": sum(t.nbytes for t in rest.values())}
+    return Report("Adapter saved", {"name": name, "folder": str(folder), "bytes": sizes})
+
+
+def load_adapter(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    transformer: str | None = None,
+    layers: Layers | None = None,
+) -> Report:
+    """Put a saved adapter into a module, beside those that it has, and use it, with its head.
+
+    Args:
+        module: Plain, with the weights over which the adapter was trained; or adapted already.
+        folder: What :func:`save_adapter` wrote; or peft's own folder, which has no hash to compare.
+        name: What to call the adapter here.
+        transformer: Path of the module to adapt, for a module that has no adapter yet, if it is not found by itself.
+        layers: Where the head is, likewise.
+
+    Raises:
+        FileNotFoundError: There is no adapter in the folder.
+        ValueError: It was trained over other weights; it does not fit; the name is taken.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"folder={str(folder)!r} holds no adapter_config.json and adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    where = {"transformer": transformer, "layers": None if layers is None else asdict(layers), "seed": 0}
+    if _done(module):
+        where = _first(module)
+        _check_alike(module, config)
+        _remember_head(module, active_adapter(module))
+    before = list(module.modules())
+    report = alter(module, "peft", {**where, "config": _to_use(config, others=bool(_done(module))), "adapter": name})
+    _keep_modes(module, before)
+    target = _transformer(module, where)
+    _check_base(module, target, folder)
+    start, own = _path(target, module), _head(module)
+    known = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    head = {f"{start}{key}": value for key, value in known.items() if f"{start}{key}" in own}
+    _fill(target, name, {key: value for key, value in known.items() if f"{start}{key}" not in own})
+    if (folder / "head.safetensors").is_file():
+        head |= load_file(folder / "head.safetensors")
+    _set_head(module, head)
+    _remember_head(module, name)
+    _activate(module, name)
+    return report
+
+
+def use_adapter(module: nn.Module, name: str) -> None:
+    """Let one of several adapters act, with the head that was trained with it.
+
+    Raises:
+        ValueError: There is no such adapter.
+    """
+    _settings(module, name)
+    _remember_head(module, active_adapter(module))
+    _set_head(module, vars(module)[_HEADS].get(name, {}))
+    _activate(module, name)
+
+
+def active_adapter(module: nn.Module) -> str:
+    """Name of the adapter that acts.
+
+    Raises:
+        ValueError: The module has none.
+    """
+    if not (done := _done(module)):
+        raise ValueError(f"{type(module).__name__} has no adapter: load_adapter(module, folder) puts one in")
+    target = _transformer(module, done[0])
+    if (prompts := prompts_of(target)) is not None and prompts.active is not None:
+        return prompts.active
+    layer: Any = next(child for child in target.modules() if is_adapter_layer(child))
+    result: str = layer.active_adapters[0]
+    return result
+
+
+def combine_adapters(
+    module: nn.Module, weights: Mapping[str, float], method: Combination = "svd", *, name: str = "combined"
+) -> None:
+    """Add a weighted combination of LoRA adapters as a new one, and use it.
+
+    ``"cat"`` and ``"svd"`` combine the updates, Σ wᵢ ΔWᵢ (svd: its best approximation of the largest of the ranks);
+    ``"linear"`` the factors, Σ√wᵢ Aᵢ and Σ√wᵢ Bᵢ, a rough approximation. By ``LoraModel.add_weighted_adapter`` of peft.
+    The head is Σ wᵢ headᵢ / Σ wᵢ.
+
+    Args:
+        module: With the adapters loaded.
+        weights: Adapter name to weight.
+        method: How.
+        name: Of the new adapter.
+
+    Raises:
+        ValueError: An adapter is not there; they are not LoRA; the weights of heads sum to 0; the name is taken.
+    """
+    target = _transformer(module, _first(module))
+    known = _configs(target)
+    if missing := [n for n in weights if n not in known] or not weights:
+        raise ValueError(f"weights must name adapters of {', '.join(known)}; got {list(weights)} ({missing})")
+    if name in known:
+        raise ValueError(f"name={name!r} is an adapter already")
+    if not hasattr(type(tuner_of(target)), "add_weighted_adapter") or any(
+        known[n].peft_type != "LORA" for n in weights
+    ):
+        kinds = ", ".join(f"{n} is {known[n].peft_type.value}" for n in weights)
+        raise ValueError(f"weights: only LoRA adapters can be added up; {kinds}")
+    _remember_head(module, active_adapter(module))
+    heads = [vars(module)[_HEADS].get(n, {}) for n in weights]
+    total = sum(weights.values())
+    if any(heads) and total == 0:
+        raise ValueError(f"weights={dict(weights)} sum to 0, which leaves no head: use weights with a sum above 0")
+    tuner = tuner_of(target)
+    before = list(module.modules())
+    try:
+        tuner.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=method)
+    except ValueError as error:
+        tuner.peft_config.pop(name, None)
+        raise ValueError(f"weights: {error}") from error
+    _keep_modes(module, before)
+    mixed = {k: sum(w / total * h[k] for w, h in zip(weights.values(), heads, strict=True)) for k in heads[0]}
+    _set_head(module, mixed)  # type: ignore[arg-type]
+    remember(module, "peft", {**_first(module), "config": plain_config(known[name]), "adapter": name})
+    _remember_head(module, name)
+    _activate(module, name)
+
+
+def base_digests(module: nn.Module, transformer: nn.Module) -> dict[str, str]:
+    """SHA-256 of each of the base's weights in the transformer, under the name that it has without adapters.
+
+    One by one, since an adapter that was trained over quantised weights may be laid over the floating-point ones.
+    """
+    start, parameters = _path(transformer, module), dict(module.named_parameters(remove_duplicate=False))
+    chosen = {n.removeprefix(start): parameters[n] for n in sorted(base_names(module)) if n.startswith(start)}
+    return {
+        name.replace(".base_layer.", "."): content_hash({"": parameter})
+        for name, parameter in chosen.items()
+        if parameter.is_floating_point()
+    }
+
+
+# ---- what was done
+
+
+def _done(module: nn.Module) -> list[dict[str, Any]]:
+    return [record["settings"] for record in alterations(module) if record["kind"] == "peft"]
+
+
+def _first(module: nn.Module) -> dict[str, Any]:
+    done = _done(module)
+    if not done:
+        raise ValueError(f"{type(module).__name__} has no adapter: load_adapter(module, folder) puts one in")
+    return {key: value for key, value in done[0].items() if key not in ("config", "adapter")}
+
+
+def _settings(module: nn.Module, name: str) -> dict[str, Any]:
+    names = [settings["adapter"] for settings in _done(module)]
+    if name not in names:
+        raise ValueError(f"name={name!r} is no adapter of {type(module).__name__}, which has {names or 'none'}")
+    return _done(module)[names.index(name)]
+
+
+def _transformer(module: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
+    given = settings.get("layers")
+    return find_transformer(module, settings.get("transformer"), Layers(**given) if given else Layers())[1]
+
+
+def _configs(target: nn.Module) -> dict[str, Any]:
+    prompts = prompts_of(target)
+    configs: dict[str, Any] = {**(getattr(target, "peft_config", None) or {}), **(prompts.configs if prompts else {})}
+    return configs
+
+
+def _path(target: nn.Module, module: nn.Module) -> str:
+    path = next(name for name, child in module.named_modules() if child is target)
+    return f"{path}." if path else ""
+
+
+def _activate(module: nn.Module, name: str) -> None:
+    target = _transformer(module, _first(module))
+    prompts = prompts_of(target)
+    if prompts is not None and name in prompts.configs:
+        prompts.active = name
+        return
+    import_peft().functional.set_adapter(target, name)
+    if (tuner := tuner_of(target)) is not None:
+        tuner.active_adapter = name
+
+
+def _keep_modes(module: nn.Module, before: list[nn.Module]) -> None:
+    """New layers come in train mode: their dropout would act in a model in eval mode."""
+    known = set(before)
+    for parent in module.modules():
+        for child in parent.children():
+            if child not in known and parent in known:
+                inner = getattr(child, "base_layer", parent)
+                for new in child.modules():
+                    if new not in known:
+                        new.training = inner.training
+            elif child not in known:
+                child.training = parent.training
+
+
+# ---- heads
+
+
+def _head(module: nn.Module) -> dict[str, Tensor]:
+    first = _first(module)
+    layers = Layers(**first["layers"]) if first.get("layers") else Layers()
+    wanted = head_parameters(module, _transformer(module, first), layers) - adapter_parameters(module)
+    return {name: p for name, p in module.named_parameters() if p in wanted}
+
+
+def _remember_head(module: nn.Module, name: str) -> None:
+    kept = vars(module).setdefault(_HEADS, {})
+    kept[name] = {key: value.detach().clone() for key, value in _head(module).items()}
+
+
+def _head_of(module: nn.Module, name: str) -> dict[str, Tensor]:
+    if name == active_adapter(module):
+        return _head(module)
+    kept: dict[str, dict[str, Tensor]] = vars(module).get(_HEADS, {})
+    return kept.get(name, {})
+
+
+@torch.no_grad()
+def _set_head(module: nn.Module, head: Mapping[str, Tensor]) -> None:
+    own = dict(module.named_parameters())
+    for name, value in head.items():
+        if name not in own or own[name].shape != value.shape:
+            found = tuple(own[name].shape) if name in own else "none"
+            raise ValueError(f"the adapter's head has {name} of shape {tuple(value.shape)}, and this module {found}")
+        own[name].copy_(value)
+
+
+# ---- files
+
+
+def _saved_with_adapter(module: nn.Module, target: nn.Module, head: Mapping[str, Tensor], config: Any) -> list[str]:
+    """The modules of the head that go into peft's own file."""
+    if not hasattr(config, "modules_to_save"):
+        return []
+    # By name: the head of an adapter that does not act now lies beside the model.
+    named = dict(module.named_parameters())
+    return head_modules(target, {named[name] for name in head})
+
+
+def _inside(path: str, head: Mapping[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
+    known = {name.removeprefix(path): value for name, value in head.items() if name.startswith(path)}
+    return {name: value for name, value in known.items() if any(name.startswith(f"{m}.") for m in modules)}
+
+
+def _tensors(target: nn.Module, name: str, config: Any) -> tuple[dict[str, Tensor], Any]:
+    prompts = prompts_of(target)
+    if prompts is not None and name in prompts.configs:
+        return {"prompt_embeddings": prompts.vectors(name)}, config
+    if hasattr(config, "rank_pattern") and config.peft_type == "ADALORA":
+        config.rank_pattern = None  # ranks that were given up are zeros of the full rank
+    state = import_peft().functional.get_peft_model_state_dict(target, adapter_name=name, save_embedding_layers=False)
+    if any(name in vars(child).get("_lightning_ft_start", {}) for child in target.modules()):
+        return _as_lora(target, name, state, config)
+    return {f"{_PREFIX}{key}": value for key, value in state.items()}, config
+
+
+def _as_lora(target: nn.Module, name: str, state: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
+    """W' + sBA = W + s(BA − B₀A₀), as W' is W − sB₀A₀."""
+    result = {f"{_PREFIX}{key}": value for key, value in state.items()}
+    for path, child in target.named_modules():
+        if (start := vars(child).get("_lightning_ft_start", {}).get(name)) is not None:
+            a, b = f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
+            result[a] = torch.cat([result[a], start[0].to(result[a])], 0)
+            result[b] = torch.cat([result[b], -start[1].to(result[b])], 1)
+    root = 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, root * config.lora_alpha
+    config.rank_pattern = {key: 2 * value for key, value in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {key: root * value for key, value in (config.alpha_pattern or {}).items()}
+    return result, config
+
+
+def _to_use(config: Mapping[str, Any], *, others: bool) -> dict[str, Any]:
+    """So that it can be trained further, where peft can: the networks that made prompts are not saved."""
+    kind = config["peft_type"]
+    only_used = kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") or (kind == "ADALORA" and others)
+    return {**config, "inference_mode": only_used, "base_model_name_or_path": None}
+
+
+def _check_alike(module: nn.Module, config: Mapping[str, Any]) -> None:
+    known = _configs(_transformer(module, _first(module)))
+    if other := [n for n, c in known.items() if c.is_prompt_learning != read_config(config).is_prompt_learning]:
+        raise ValueError(
+            f"folder: {config['peft_type']} cannot stand beside {other[0]!r} ({known[other[0]].peft_type.value}): "
+            "prompts and adapters of layers would act together; load it into a module of its own"
+        )
+
+
+def _fill(target: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    prompts = prompts_of(target)
+    if prompts is not None and name in prompts.configs:
+        prompts.fill(name, tensors["prompt_embeddings"])
+        return
+    try:
+        loaded = import_peft().functional.set_peft_model_state_dict(target, tensors, adapter_name=name)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"the adapter does not fit this model: {error}") from error
+    own = adapter_parameters(target)
+    mine = {key for key, p in target.named_parameters() if p in own and f".{name}" in key and "ranknum" not in key}
+    lacking = sorted(mine.intersection(loaded.missing_keys))
+    if loaded.unexpected_keys or lacking:
+        raise ValueError(
+            f"the adapter does not fit this model: it has {', '.join(loaded.unexpected_keys[:3]) or 'nothing'} too "
+            f"much, and lacks {', '.join(lacking[:3]) or 'nothing'}"
+        )
+
+
+def _check_base(module: nn.Module, target: nn.Module, folder: Path) -> None:
+    if not (folder / _FACTS).is_file():
+        return
+    wanted, found = json.loads((folder / _FACTS).read_text())["base"], base_digests(module, target)
+    if other := sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name]):
+        raise ValueError(
+            f"folder={str(folder)!r} was trained over other base weights than those of this {type(module).__name__}: "
+            f"{len(other)} of {len(wanted)} tensors differ ({', '.join(other[:3])}); build it from the same "
+            "pretrained weights"
+        )
