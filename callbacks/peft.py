@@ -103,6 +103,7 @@ class PEFT(Callback):
         self._forget: Callable[[], None] | None = None
         self._splits: list[SplitRates] = []
         self._hooks: list[RemovableHandle] = []
+        self._stepping: list[Optimizer] = []
         self._budget: RankBudget | None = None
         self._saved: dict[str, Any] | None = None
 
@@ -153,9 +154,11 @@ class PEFT(Callback):
         if self._saved is not None:
             self._budget.load_state_dict(self._saved)
             self._saved = None
+        mine = {id(p) for p in self._budget.parameters}
         for optimizer in trainer.optimizers:
-            if self._budget.in_optimizer(optimizer):
+            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
                 self._hooks.append(optimizer.register_step_post_hook(self._stepped))
+                self._stepping.append(optimizer)
 
     def _stepped(self, *_: Any) -> None:
         assert self._budget is not None
@@ -163,7 +166,8 @@ class PEFT(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._budget is not None and self._budget.in_optimizer(optimizer):
+        # Lightning hands out a wrapper in manual optimisation, which shares the groups.
+        if self._budget is not None and any(o.param_groups is optimizer.param_groups for o in self._stepping):
             self._budget.add_penalty_grad_()
 
     @override
@@ -185,6 +189,7 @@ class PEFT(Callback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._stepping = []
         self._budget = None
 
     @override

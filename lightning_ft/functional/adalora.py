@@ -75,10 +75,10 @@ class RankBudget:
         if self.step == last:
             self._allocator.reset_ipt()
 
-    def in_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether an optimiser trains the adapter."""
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(parameter) in held for parameter, _ in self._pairs)
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All A and B."""
+        return [parameter for parameter, _ in self._pairs]
 
     def penalty(self) -> Tensor:
         """R = mean over all A and B of ‖AAᵀ − I‖_F and ‖BᵀB − I‖_F."""

@@ -72,8 +72,8 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str
     inside = _saved_with_adapter(module, target, head, config)
     if inside:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *inside})
-        own = _inside(_path(target, module), head, inside)
-        tensors |= {f"{_PREFIX}{key}": value for key, value in own.items()}
+        start = "base_model." if config.is_prompt_learning else _PREFIX
+        tensors |= {f"{start}{key}": v for key, v in _inside(_path(target, module), head, inside).items()}
     rest = {n: t for n, t in head.items() if not any(n.startswith(f"{_path(target, module)}{m}.") for m in inside)}
     config.inference_mode = True
     with atomic_folder(Path(folder)) as made:
@@ -130,7 +130,7 @@ def load_adapter(
     target = _transformer(module, where)
     _check_base(module, target, folder)
     start, own = _path(target, module), _head(module)
-    known = {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    known = {key.removeprefix(_PREFIX).removeprefix("base_model."): value for key, value in tensors.items()}
     head = {f"{start}{key}": value for key, value in known.items() if f"{start}{key}" in own}
     _fill(target, name, {key: value for key, value in known.items() if f"{start}{key}" not in own})
     if (folder / "head.safetensors").is_file():
@@ -212,7 +212,7 @@ def combine_adapters(
         raise ValueError(f"weights: {error}") from error
     _keep_modes(module, before)
     mixed = {k: sum(w / total * h[k] for w, h in zip(weights.values(), heads, strict=True)) for k in heads[0]}
-    _set_head(module, mixed)  # type: ignore[arg-type]
+    _set_head(module, mixed)
     remember(module, "peft", {**_first(module), "config": plain_config(known[name]), "adapter": name})
     _remember_head(module, name)
     _activate(module, name)
@@ -327,6 +327,10 @@ def _set_head(module: nn.Module, head: Mapping[str, Tensor]) -> None:
 
 
 # ---- files
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
 
 def _saved_with_adapter(module: nn.Module, target: nn.Module, head: Mapping[str, Tensor], config: Any) -> list[str]:

@@ -284,11 +284,10 @@ def _inject(
         )
     if not getattr(target, "peft_config", None) and any(is_adapter_layer(child) for child in target.modules()):
         raise ValueError(f"{path or 'the module'} is adapted by peft already: leave PEFT out, or load the plain model")
-    _resolve_targets(target, config, kind, head)
     _leave_out_head(target, config, head)
     found = linear_names(target, head)
     try:
-        tuner = kind(target, config, adapter_name=adapter)
+        tuner = _tune(target, config, kind, adapter, head)
     except ValueError as error:
         endings = sorted({name.rpartition(".")[2] for name in found})
         raise ValueError(f"config: {error} Linear layers of {type(target).__name__}: {', '.join(endings)}") from error
@@ -308,17 +307,24 @@ def _inject(
     return [layer.get_base_layer().weight for layer in layers if hasattr(layer, "get_base_layer")]  # type: ignore[operator]
 
 
-def _resolve_targets(target: nn.Module, config: Any, kind: Any, head: Collection[nn.Parameter]) -> None:
-    if not hasattr(config, "target_modules") or config.peft_type == "TRAINABLE_TOKENS":
-        return
-    if config.target_modules is None and getattr(config, "target_parameters", None):
-        return
-    model_type = getattr(getattr(target, "config", None), "model_type", None)
-    default = config.target_modules is None and model_type not in (kind.target_module_mapping or {})
-    if default or (isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR):
-        config.target_modules = set(linear_names(target, head))
-        if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
-            config.feedforward_modules = set()
+def _tune(target: nn.Module, config: Any, kind: Any, adapter: str, head: Collection[nn.Parameter]) -> Any:
+    """The object of peft that puts its layers in; with all linear layers where peft has no default for the model."""
+    given = getattr(config, "target_modules", None)
+    if isinstance(given, str) and given.lower() == ALL_LINEAR:
+        _choose_all_linear(target, config, head)
+    try:
+        return kind(target, config, adapter_name=adapter)
+    except ValueError as error:
+        if given is not None or "specify `target_modules`" not in str(error):
+            raise
+    _choose_all_linear(target, config, head)
+    return kind(target, config, adapter_name=adapter)
+
+
+def _choose_all_linear(target: nn.Module, config: Any, head: Collection[nn.Parameter]) -> None:
+    config.target_modules = set(linear_names(target, head))
+    if hasattr(config, "feedforward_modules"):
+        config.feedforward_modules = config.feedforward_modules or set()
 
 
 def _leave_out_head(target: nn.Module, config: Any, head: Collection[nn.Parameter]) -> None:
