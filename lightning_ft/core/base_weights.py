@@ -35,12 +35,9 @@ def mark_base(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def unmark_base(module: nn.Module) -> None:
-    """Forget what :func:`mark_base` marked, and let it train: it was changed, as by a merge."""
+    """Forget what :func:`mark_base` marked, since it was changed, as by a merge. Flags stay as they are."""
     for child in module.modules():
-        for name in vars(child).pop(_MARK, ()):
-            parameter = child._parameters[name]
-            if parameter is not None and parameter.is_floating_point():
-                parameter.requires_grad_(True)
+        vars(child).pop(_MARK, None)
 
 
 def base_names(module: nn.Module) -> set[str]:

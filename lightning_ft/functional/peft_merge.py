@@ -76,6 +76,9 @@ def plain_model(model: Any) -> Any:
 def _merge_model(model: Any) -> None:
     tuner = vars(model).pop(_TUNER)
     tuner.merge_and_unload(safe_merge=True)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
     for child in model.modules():
         for key in [key for key, hook in child._forward_pre_hooks.items() if hook is _do_nothing]:
             del child._forward_pre_hooks[key]

@@ -289,15 +289,19 @@ def _inject(
     try:
         tuner = _tune(target, config, kind, adapter, head)
     except ValueError as error:
-        endings = sorted({name.rpartition(".")[2] for name in found})
-        raise ValueError(f"config: {error} Linear layers of {type(target).__name__}: {', '.join(endings)}") from error
+        endings = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+        raise ValueError(
+            f"config: target_modules={_shown(config)} cannot be adapted: {error} Linear layers of "
+            f"{type(target).__name__}: {endings}"
+        ) from error
     peft.functional.cast_adapter_dtype(target, adapter)
     vars(target)[_TUNER] = tuner
     if hasattr(type(target), "_hf_peft_config_loaded"):
         target._hf_peft_config_loaded = True  # type: ignore[assignment]  # what transformers' own add_adapter says
     if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in target.modules()):
         _prepare_quantised(target)
-    if getattr(target, "is_gradient_checkpointing", False) and hasattr(target, "enable_input_require_grads"):
+    recomputed = any(getattr(child, "gradient_checkpointing", False) for child in target.modules())
+    if recomputed and hasattr(target, "enable_input_require_grads"):
         target.enable_input_require_grads()  # type: ignore[operator]  # else a frozen first block has no gradients
     if not changes_base(plain_config(config)):
         return []
@@ -319,6 +323,11 @@ def _tune(target: nn.Module, config: Any, kind: Any, adapter: str, head: Collect
             raise
     _choose_all_linear(target, config, head)
     return kind(target, config, adapter_name=adapter)
+
+
+def _shown(config: Any) -> Any:
+    given = getattr(config, "target_modules", None)
+    return sorted(given) if isinstance(given, set) else given
 
 
 def _choose_all_linear(target: nn.Module, config: Any, head: Collection[nn.Parameter]) -> None:

@@ -18,7 +18,6 @@ from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.peft import PEFT
 from lightning_ft.core.base_weights import base_names
 from lightning_ft.data import ClassificationData
-from lightning_ft.export import export_onnx, load_session
 from lightning_ft.functional.alterations import PART
 from lightning_ft.functional.peft_adapters import load_adapter, save_adapter
 from lightning_ft.functional.peft_merge import merge
@@ -90,7 +89,9 @@ def fit(module: Any, rows: str, *callbacks: Callback, ckpt_path: Any = None, **o
     )
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 0.5, "num_sanity_val_steps": 0}
     trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **settings, **options})
-    trainer.fit(module, datamodule=ClassificationData(module.base_weights, rows, rows, batch_size=4), ckpt_path=ckpt_path)
+    trainer.fit(
+        module, datamodule=ClassificationData(module.base_weights, rows, rows, batch_size=4), ckpt_path=ckpt_path
+    )
     return trainer
 
 
