@@ -390,9 +390,9 @@ def _call_layers_always(target: nn.Module) -> None:
     Not where a hook is attached to it.
     """
     for child in target.modules():
-        if isinstance(child, nn.TransformerEncoderLayer) and any(map(is_adapter_layer, child.modules())):
-            if _do_nothing not in child._forward_pre_hooks.values():
-                child.register_forward_pre_hook(_do_nothing)
+        adapted = isinstance(child, nn.TransformerEncoderLayer) and any(map(is_adapter_layer, child.modules()))
+        if adapted and _do_nothing not in child._forward_pre_hooks.values():
+            child.register_forward_pre_hook(_do_nothing)
 
 
 def _report(

@@ -40,6 +40,7 @@ class LearntPrompts(nn.Module):
         vars(self)["embedding"] = embedding
         vars(self)["names"] = list(inspect.signature(network.forward).parameters)
         self._put_in = 0
+        self._hides_cache = False
         network.register_forward_pre_hook(self.before, with_kwargs=True)
         network.register_forward_hook(self.after)
 
@@ -77,7 +78,7 @@ class LearntPrompts(nn.Module):
 
     def before(self, network: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
         """Forward pre-hook of the network."""
-        self._put_in = 0
+        self._put_in, self._hides_cache = 0, False
         if self.active is None:
             return None
         call = {**dict(zip(self.names, args, strict=False)), **given}
@@ -92,6 +93,8 @@ class LearntPrompts(nn.Module):
             self._put_tokens(call, count)
         elif begins:
             call["past_key_values"] = self._cache(network, past, _rows(call), count)
+            # Else the next step of a generation without a cache would be given this one.
+            self._hides_cache = call.get("use_cache") is False
         return (), call
 
     def _put_tokens(self, call: dict[str, Any], count: int) -> None:
@@ -124,6 +127,8 @@ class LearntPrompts(nn.Module):
 
     def after(self, network: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the network."""
+        if self._hides_cache and not isinstance(output, tuple):
+            output.past_key_values = None
         if self.crossed or not self._put_in:
             return None  # a decoder reads what its encoder made of them
         count, self._put_in = self._put_in, 0
