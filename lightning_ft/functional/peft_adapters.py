@@ -53,13 +53,14 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str
 
     Args:
         module: The adapted module.
-        folder: Where to write; replaced as a whole.
+        folder: Where to write; absent or empty.
         name: Of the adapter.
 
     Returns:
         Sizes.
 
     Raises:
+        FileExistsError: The folder holds something.
         ValueError: There is no such adapter.
     """
     from safetensors.torch import save_file
@@ -213,7 +214,7 @@ def combine_adapters(
     _keep_modes(module, before)
     mixed = {k: sum(w / total * h[k] for w, h in zip(weights.values(), heads, strict=True)) for k in heads[0]}
     _set_head(module, mixed)
-    remember(module, "peft", {**_first(module), "config": plain_config(known[name]), "adapter": name})
+    remember(module, "peft", {**_first(module), "config": plain_config(_configs(target)[name]), "adapter": name})
     _remember_head(module, name)
     _activate(module, name)
 
@@ -236,7 +237,8 @@ def base_digests(module: nn.Module, transformer: nn.Module) -> dict[str, str]:
 
 
 def _done(module: nn.Module) -> list[dict[str, Any]]:
-    return [record["settings"] for record in alterations(module) if record["kind"] == "peft"]
+    usual = {"transformer": None, "layers": None, "seed": 0, "adapter": "default"}
+    return [{**usual, **record["settings"]} for record in alterations(module) if record["kind"] == "peft"]
 
 
 def _first(module: nn.Module) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_loraplus_multiplies_the_rate_of_b_with_the_factor_of_depth() -> None:
             )
 
     trainer = FILTERED.fit(Watch(), lora(loraplus_ratio=16.0), DiscriminativeLR(0.5), max_steps=2)
-    (group,) = trainer.optimizers[0].param_groups
+    assert len(trainer.optimizers[0].param_groups) == 1
     groups = LayerGroups.of(trainer.lightning_module)
     depth = DiscriminativeLR(0.5).multipliers(trainer.lightning_module)
     assert any("lora_B" in name for name in rates[0])

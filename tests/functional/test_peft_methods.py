@@ -64,7 +64,7 @@ def test_closed_form() -> None:
     ("targets", "count"), [(["query", "value"], 294_912), (None, 294_912), ("all-linear", 1_327_104)]
 )
 def test_counts_of_bert_base(targets: Any, count: int) -> None:
-    """q and v at r = 8: 12 · 2 · 8 · 2 · 768; all linear layers but the pooler's: 8 · 12 · (4 · 2 · 768 + 2 · 5 · 768)."""
+    """q and v at r = 8: 12 · 2 · 8 · 2 · 768; all but the pooler: 8 · 12 · (4 · 2 · 768 + 2 · 5 · 768)."""
     with torch.device("meta"):
         model = hf.BertForSequenceClassification(hf.BertConfig())
         report = adapt(Holder(model), config=plain_config(peft.LoraConfig(r=8, target_modules=targets)))
