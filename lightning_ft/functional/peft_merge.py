@@ -50,6 +50,7 @@ def merge(module: nn.Module, *, dequantise: bool = False) -> Report:
                 "merge(module, dequantise=True) puts floating-point layers in their place"
             )
         _dequantise(module)
+        forget(module, "quantise")
     for owner in [child for child in module.modules() if _TUNER in vars(child)]:
         _merge_model(owner)
     forget(module, "peft")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.peft import PEFT
 from lightning_ft.core.base_weights import base_names
 from lightning_ft.data import ClassificationData
+from lightning_ft.export import export_hf, export_onnx, load_session
 from lightning_ft.functional.alterations import PART
 from lightning_ft.functional.peft_adapters import load_adapter, save_adapter
 from lightning_ft.functional.peft_merge import merge
@@ -44,19 +46,25 @@ METHODS: dict[str, Callable[[], Any]] = {
     "tokens": lambda: peft.TrainableTokensConfig(task_type="SEQ_CLS", token_indices=[5, 6, 7]),
 }
 PROMPTS = ("prefix", "prompt", "p-tuning")
-IDENTITY = ("lora", "all-linear", "dora", "rslora", "pissa", "adalora", "ia3", "tokens")
-"""Methods that change nothing before the first step; random prompts do."""
 IMPOSSIBLE = {
     **{(method, kind, "merge"): "prompts are no part of the weights" for method in PROMPTS for kind in KINDS},
-    **{(method, kind, "export"): "prompts are no part of the weights" for method in PROMPTS for kind in KINDS},
     **{
         (method, "t5", "peft"): "PeftModel has no prompts for T5ForSequenceClassification, which takes no embeddings"
         for method in PROMPTS
     },
     **{("tokens", kind, "peft"): "TrainableTokensConfig has no place for the head" for kind in KINDS},
 }
-each_method = pytest.mark.parametrize("method", METHODS)
-each_kind = pytest.mark.parametrize("kind", KINDS)
+USUAL = {("lora", kind) for kind in KINDS} | {
+    (method, kind) for i, method in enumerate(METHODS) for j, kind in enumerate(KINDS) if (i + j) % 4 == 0
+}
+"""Cells of the default suite: LoRA on each kind, and each method on one; the others take a minute."""
+
+
+def cells(usual: set[tuple[str, str]]) -> Any:
+    marks = {cell: () if cell in usual else pytest.mark.slow for cell in itertools.product(METHODS, KINDS)}
+    return pytest.mark.parametrize(
+        ("method", "kind"), [pytest.param(*cell, marks=mark, id="-".join(cell)) for cell, mark in marks.items()]
+    )
 
 
 class Stop(Callback):
@@ -112,8 +120,7 @@ def logits(model: Any, kind: Kind) -> Tensor:
     return result
 
 
-@each_kind
-@each_method
+@cells(USUAL)
 def test_every_method_on_every_kind(
     method: str, kind: Kind, folders: dict[str, str], rows: str, tmp_path: Path
 ) -> None:
@@ -184,3 +191,27 @@ def test_every_method_on_every_kind(
     load_checkpoint(path).save_pretrained(tmp_path / "plain")
     opened = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
     torch.testing.assert_close(logits(opened, kind), done, rtol=1e-5, atol=1e-5)
+
+
+@cells({("lora", "bert"), ("prompt", "bert")})
+def test_every_method_is_exported(method: str, kind: Kind, folders: dict[str, str], rows: str, tmp_path: Path) -> None:
+    """Prompts, too: they are constants of the graph."""
+    module = make(folders[kind])
+    fit(module, rows, PEFT(METHODS[method]()), max_epochs=1).save_checkpoint(tmp_path / "x.ckpt")
+    wanted = logits(module.model, kind)
+    report = export_onnx(tmp_path / "x.ckpt", tmp_path / "onnx", max_length=16)
+    assert report.facts.get("baked") == (None if method in PROMPTS else ["adapters merged"])
+    session = load_session(tmp_path / "onnx", threads=1)
+    given = batch(kind)
+    feed = {i.name: given.get(i.name, torch.zeros_like(given["input_ids"])).numpy() for i in session.get_inputs()}
+    (found,) = session.run(["logits"], feed)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-5, atol=2e-5)
+    if method in PROMPTS:
+        with pytest.raises(RuntimeError, match="what from_pretrained reads differs from the model in .*learnt_prompts"):
+            export_hf(tmp_path / "x.ckpt", tmp_path / "hf")
+        with pytest.raises(ValueError, match="which no weights can take in"):
+            module.save_pretrained(tmp_path / "hf")
+        return
+    export_hf(tmp_path / "x.ckpt", tmp_path / "hf")
+    again = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(logits(again, kind), wanted, rtol=1e-5, atol=1e-5)
