@@ -73,7 +73,7 @@ class LearntPrompts(nn.Module):
         weight: Tensor = encoder.embedding.weight  # type: ignore[union-attr, assignment]
         if config.inference_mode:
             return weight
-        result: Tensor = encoder(torch.arange(len(weight), device=weight.device)[None])[0]
+        result: Tensor = encoder(torch.arange(weight.shape[0], device=weight.device)[None])[0]
         return result
 
     def before(self, network: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
@@ -101,11 +101,11 @@ class LearntPrompts(nn.Module):
         ids, embedded = call.pop("input_ids", None), call.get("inputs_embeds")
         if embedded is None:
             embedded = self.embedding(ids)
-        prompts = self.vectors().to(embedded.dtype).expand(len(embedded), -1, -1)
+        prompts = self.vectors().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         call["inputs_embeds"] = torch.cat([prompts, embedded], 1)
         if call.get("token_type_ids") is not None:
             types = call["token_type_ids"]
-            call["token_type_ids"] = torch.cat([types.new_zeros(len(types), count), types], 1)
+            call["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], count), types], 1)
         self._put_in = count
 
     def _cache(self, network: Any, past: Any, rows: int, count: int) -> Any:
@@ -248,7 +248,8 @@ def _encoder(config: Any, embedding: nn.Module) -> nn.Module:
 
 def _rows(call: Mapping[str, Any]) -> int:
     given = call.get("input_ids")
-    return len(call["inputs_embeds"] if given is None else given)
+    rows: int = (call["inputs_embeds"] if given is None else given).shape[0]  # not len(), which fixes it in a graph
+    return rows
 
 
 def _longer_mask(call: dict[str, Any], name: str, count: int) -> None:
@@ -260,7 +261,7 @@ def _longer_mask(call: dict[str, Any], name: str, count: int) -> None:
             f"learnt prompts need {name} of shape (batch, length), and got "
             f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}: no packing, no static cache"
         )
-    call[name] = torch.cat([mask.new_ones(len(mask), count), mask], 1)
+    call[name] = torch.cat([mask.new_ones(mask.shape[0], count), mask], 1)
 
 
 def _shifted(positions: Tensor, count: int, *, insert: bool) -> Tensor:
