@@ -117,15 +117,15 @@ def plain_config(config: Any) -> dict[str, Any]:
     """
     if not (dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
         raise TypeError(f"config must be a configuration of peft, such as peft.LoraConfig(r=8); got {config!r}")
-    known = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}  # type: ignore[arg-type]
-    nested = {n: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for n, v in known.items()}  # type: ignore[arg-type]
 
     def plain(value: Any) -> Any:
         if isinstance(value, set | frozenset):
             return sorted(value)
         raise TypeError(f"config holds a {type(value).__name__}, which a checkpoint cannot hold")
 
-    result: dict[str, Any] = json.loads(json.dumps(nested, default=plain))
+    result: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
+    if result.get("init_lora_weights") != "loftq" and "loftq_config" in result:
+        result["loftq_config"] = {}  # jsonargparse fills it in, and peft warns that it is ignored
     return result
 
 
@@ -139,11 +139,7 @@ def read_config(config: Mapping[str, Any]) -> Any:
     peft = import_peft()
     if config["peft_type"] not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(f"config: peft {peft.__version__} has no method {config['peft_type']!r}")
-    given = dict(config)
-    for name, kind in (("runtime_config", "LoraRuntimeConfig"), ("loftq_config", None)):
-        if kind and isinstance(given.get(name), dict):
-            given[name] = getattr(sys.modules["peft.tuners.lora.config"], kind)(**given[name])
-    return peft.PeftConfig.from_peft_type(**given)
+    return peft.PeftConfig.from_peft_type(**config)
 
 
 def changes_base(config: Mapping[str, Any]) -> bool:

@@ -8,8 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ft.callbacks import (
     EMA,
@@ -24,7 +27,8 @@ from lightning_ft.core.base_weights import base_names
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.functional.alterations import load_altered
 from lightning_ft.functional.peft_methods import adapter_parameters
-from tests.strangers import BATCHES, FILTERED, STRANGERS, Late, Stranger, dataset, identical, outcome, weights
+from tests.ranks import run_ranks
+from tests.strangers import BATCH, BATCHES, FILTERED, STRANGERS, Late, Stranger, dataset, identical, outcome, weights
 
 LATE = STRANGERS[1]
 each_stranger = pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
@@ -254,3 +258,84 @@ def test_stages_and_a_second_fit_change_it_once() -> None:
     assert len(list(trainer.lightning_module.parameters())) == count
     with pytest.raises(ValueError, match=r"has an adapter 'default' already: give this one another adapter="):
         FILTERED.fit(PEFT(peft.LoraConfig(r=3)), module=trainer.lightning_module)
+
+
+@pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")  # jsonargparse fills it in
+@pytest.mark.parametrize(
+    ("name", "arguments", "stored"),
+    [
+        (
+            "LoraConfig",
+            {"r": 4, "target_modules": ["query"], "lora_dropout": 0.1},
+            {"r": 4, "target_modules": ["query"]},
+        ),
+        ("AdaLoraConfig", {"total_step": 50, "tinit": 3}, {"peft_type": "ADALORA", "tinit": 3}),
+        ("IA3Config", {"target_modules": "all-linear"}, {"peft_type": "IA3", "target_modules": "all-linear"}),
+        ("PrefixTuningConfig", {"num_virtual_tokens": 4}, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}),
+        ("TrainableTokensConfig", {"token_indices": [1, 2]}, {"token_indices": [1, 2]}),
+    ],
+)
+def test_from_yaml(name: str, arguments: dict[str, Any], stored: dict[str, Any]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Callback, "callback")
+    config = {"class_path": f"peft.{name}", "init_args": arguments}
+    where = {"layers": {"head": "verdict"}}
+    given = {"class_path": "lightning_ft.callbacks.peft.PEFT", "init_args": {"config": config, **where}}
+    callback = parser.instantiate(parser.parse_object({"callback": given})).callback
+    assert type(callback) is PEFT
+    assert stored.items() <= callback.config.items()
+    assert callback.layers.head == "verdict"
+    same = PEFT(getattr(peft, name)(**arguments))
+    assert same.config == callback.config
+
+
+# ---- two processes
+
+
+class Whole(Late):
+    """Without dropout, under plain SGD, so that two processes must do what one does with the batches of both."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        for child in self.modules():
+            if isinstance(child, nn.Dropout):
+                child.p = 0.0
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+    def train_dataloader(self) -> Any:
+        tokens, labels = dataset().tensors
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(TensorDataset(tokens[rank::world], labels[rank::world]), BATCH // world)
+
+
+CONFIGS: dict[str, Any] = {
+    "lora": lambda: peft.LoraConfig(r=2),
+    "adalora": lambda: peft.AdaLoraConfig(**ADALORA),
+    "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=2),
+}
+
+
+def on_ranks(**single: Any) -> dict[str, Any]:
+    """Weights after training, of each method."""
+    result = {}
+    for name, config in CONFIGS.items():
+        if torch.distributed.is_initialized():
+            torch.manual_seed(torch.distributed.get_rank())  # the adapter's first weights do not come from here
+        options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, **single}
+        options |= {"limit_val_batches": 0, "use_distributed_sampler": False}
+        callback = PEFT(config(), loraplus_ratio=4.0 if name == "lora" else None)
+        trainer = LATE.fit(callback, module=Whole(), **options)
+        result[name] = weights(trainer.lightning_module)
+    return result
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
+def test_ranks_do_what_one_process_does(tmp_path: Path) -> None:
+    first, second = run_ranks("tests.callbacks.test_peft_with_others:on_ranks", tmp_path)
+    single = on_ranks(strategy="auto", devices=1)
+    for name in CONFIGS:
+        assert identical(first[name], second[name])
+        for key, value in single[name].items():
+            torch.testing.assert_close(first[name][key], value, rtol=1e-4, atol=1e-5)
