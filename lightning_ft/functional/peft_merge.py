@@ -99,10 +99,10 @@ def _dequantise(module: nn.Module) -> None:
     from lightning_ft.functional.quantise import dequantise
 
     dequantise(module)
-    for child in module.modules():
-        if is_adapter_layer(child) and hasattr(child, "fan_in_fan_out"):
-            # A Conv1D was an nn.Linear as long as it was quantised.
-            child.fan_in_fan_out = type(child.get_base_layer()).__name__ == "Conv1D"  # type: ignore[operator]
+    layers: list[Any] = [child for child in module.modules() if is_adapter_layer(child)]
+    for layer in layers:
+        if hasattr(layer, "fan_in_fan_out"):  # a Conv1D was an nn.Linear as long as it was quantised
+            layer.fan_in_fan_out = type(layer.get_base_layer()).__name__ == "Conv1D"
     if left := _quantised(module):
         raise ValueError(
             f"module: {left[0]} was quantised by another package, so its floating-point weights are not at hand: load "

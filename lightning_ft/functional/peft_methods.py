@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import sys
@@ -115,7 +114,7 @@ def plain_config(config: Any) -> dict[str, Any]:
     Raises:
         TypeError: It is none.
     """
-    if not (dataclasses.is_dataclass(config) and hasattr(config, "peft_type")):
+    if not (hasattr(config, "peft_type") and hasattr(config, "to_dict")):
         raise TypeError(f"config must be a configuration of peft, such as peft.LoraConfig(r=8); got {config!r}")
 
     def plain(value: Any) -> Any:

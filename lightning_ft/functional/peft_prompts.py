@@ -36,9 +36,9 @@ class LearntPrompts(nn.Module):
         self.active: str | None = None
         self.where = where
         self.crossed = crossed
-        # Not as children: they would be saved twice.
-        vars(self)["embedding"] = embedding
-        vars(self)["names"] = list(inspect.signature(network.forward).parameters)
+        # Not as a child, which would be saved twice.
+        self._embedding = [embedding]
+        self.names = list(inspect.signature(network.forward).parameters)
         self._put_in = 0
         self._hides_cache = False
         network.register_forward_pre_hook(self.before, with_kwargs=True)
@@ -100,7 +100,7 @@ class LearntPrompts(nn.Module):
     def _put_tokens(self, call: dict[str, Any], count: int) -> None:
         ids, embedded = call.pop("input_ids", None), call.get("inputs_embeds")
         if embedded is None:
-            embedded = self.embedding(ids)
+            embedded = self._embedding[0](ids)
         prompts = self.vectors().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         call["inputs_embeds"] = torch.cat([prompts, embedded], 1)
         if call.get("token_type_ids") is not None:
@@ -119,7 +119,7 @@ class LearntPrompts(nn.Module):
                 past = EncoderDecoderCache(past, DynamicCache(config=network.config))
         width = config.token_dim // config.num_attention_heads
         vectors = self.vectors().view(count, config.num_layers, 2, config.num_attention_heads, width)
-        dtype = self.embedding.weight.dtype
+        dtype: torch.dtype = self._embedding[0].weight.dtype  # type: ignore[assignment]
         cache = getattr(past, "self_attention_cache", past)  # of an encoder-decoder's two
         for layer, (keys, values) in enumerate(vectors.permute(1, 2, 3, 0, 4).to(dtype)):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
