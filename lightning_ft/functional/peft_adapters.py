@@ -123,7 +123,6 @@ def load_adapter(
     where = {"transformer": transformer, "layers": None if layers is None else asdict(layers), "seed": 0}
     if _done(module):
         where = _first(module)
-        _check_alike(module, config)
         _remember_head(module, active_adapter(module))
     before = list(module.modules())
     report = alter(module, "peft", {**where, "config": _to_use(config, others=bool(_done(module))), "adapter": name})
@@ -382,15 +381,6 @@ def _to_use(config: Mapping[str, Any], *, others: bool) -> dict[str, Any]:
     kind = config["peft_type"]
     only_used = kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") or (kind == "ADALORA" and others)
     return {**config, "inference_mode": only_used, "base_model_name_or_path": None}
-
-
-def _check_alike(module: nn.Module, config: Mapping[str, Any]) -> None:
-    known = _configs(_transformer(module, _first(module)))
-    if other := [n for n, c in known.items() if c.is_prompt_learning != read_config(config).is_prompt_learning]:
-        raise ValueError(
-            f"folder: {config['peft_type']} cannot stand beside {other[0]!r} ({known[other[0]].peft_type.value}): "
-            "prompts and adapters of layers would act together; load it into a module of its own"
-        )
 
 
 def _fill(target: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:

@@ -80,8 +80,7 @@ def adapt(
     where = Layers(**layers) if layers else Layers()
     settings = read_config(config)
     path, target = find_transformer(module, transformer, where)
-    if adapter in getattr(target, "peft_config", {}):
-        raise ValueError(f"{path or 'the module'} has an adapter {adapter!r} already: give this one another adapter=")
+    _refuse_adapted(path, target, settings, adapter)
     head = head_parameters(module, target, where)
     before = set(module.parameters())
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -266,6 +265,22 @@ def tuner_of(transformer: nn.Module) -> Any:
 # ---- injection
 
 
+def _refuse_adapted(path: str, target: nn.Module, config: Any, adapter: str) -> None:
+    place = path or "the module"
+    prompts = next((m for m in target.modules() if getattr(m, "is_lightning_ft_prompts", False)), None)
+    layers = any(is_adapter_layer(child) for child in target.modules())
+    names = [*(getattr(target, "peft_config", None) or ()), *(prompts.configs if prompts is not None else ())]
+    if adapter in names:
+        raise ValueError(f"{place} has an adapter {adapter!r} already: give this one another adapter=")
+    if layers and not names:
+        raise ValueError(f"{place} is adapted by peft already: leave PEFT out, or load the plain model")
+    if (layers and config.is_prompt_learning) or (prompts is not None and not config.is_prompt_learning):
+        raise ValueError(
+            f"config: {config.peft_type.value} cannot stand beside {', '.join(names)}: prompts and adapters of layers "
+            "would act together, and be switched together; use a module of its own"
+        )
+
+
 def _inject(
     path: str, target: nn.Module, config: Any, adapter: str, head: Collection[nn.Parameter]
 ) -> list[nn.Parameter]:
@@ -277,8 +292,6 @@ def _inject(
             f"config: {config.peft_type.value} keeps weights that all layers share outside of the model: use a method "
             "whose weights are in the layers, such as LoRA, or in the prompt"
         )
-    if not getattr(target, "peft_config", None) and any(is_adapter_layer(child) for child in target.modules()):
-        raise ValueError(f"{path or 'the module'} is adapted by peft already: leave PEFT out, or load the plain model")
     _leave_out_head(target, config, head)
     found = linear_names(target, head)
     try:

@@ -166,7 +166,7 @@ def test_prompts_switch_and_do_not_stand_beside_layers(tmp_path: Path) -> None:
     assert torch.equal(model(ids).logits, wanted["two"])
     lora = tiny_of(0)
     alter(lora, "peft", {"config": plain_config(peft.LoraConfig())})
-    with pytest.raises(ValueError, match=r"PROMPT_TUNING cannot stand beside 'default' \(LORA\)"):
+    with pytest.raises(ValueError, match="PROMPT_TUNING cannot stand beside default: prompts"):
         load_adapter(lora, tmp_path / "one", name="one")
     longer = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     longer["num_virtual_tokens"] = 3
