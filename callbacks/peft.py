@@ -21,12 +21,8 @@ from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.adalora import RankBudget
-from lightning_ft.functional.peft_methods import (
-    changes_base,
-    find_transformer,
-    plain_config,
-    second_factors,
-)
+from lightning_ft.functional.peft_config import changes_base, plain_config
+from lightning_ft.functional.peft_parts import find_transformer, second_factors
 
 if TYPE_CHECKING:
     from peft import PeftConfig

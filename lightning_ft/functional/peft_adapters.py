@@ -18,15 +18,13 @@ from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import alter, alterations, remember
 from lightning_ft.functional.delta import content_hash
-from lightning_ft.functional.peft_methods import (
+from lightning_ft.functional.peft_config import import_peft, plain_config, read_config
+from lightning_ft.functional.peft_parts import (
     adapter_parameters,
     find_transformer,
     head_modules,
     head_parameters,
-    import_peft,
     is_adapter_layer,
-    plain_config,
-    read_config,
     tuner_of,
 )
 from lightning_ft.functional.peft_prompts import prompts_of

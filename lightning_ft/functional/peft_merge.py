@@ -10,7 +10,8 @@ from torch import nn
 from lightning_ft.core.base_weights import unmark_base
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import forget
-from lightning_ft.functional.peft_methods import _TUNER, _do_nothing, is_adapter_layer
+from lightning_ft.functional.peft_methods import _do_nothing
+from lightning_ft.functional.peft_parts import TUNER, is_adapter_layer
 from lightning_ft.functional.peft_prompts import prompts_of
 
 
@@ -51,7 +52,7 @@ def merge(module: nn.Module, *, dequantise: bool = False) -> Report:
             )
         _dequantise(module)
         forget(module, "quantise")
-    for owner in [child for child in module.modules() if _TUNER in vars(child)]:
+    for owner in [child for child in module.modules() if TUNER in vars(child)]:
         _merge_model(owner)
     forget(module, "peft")
     unmark_base(module)
@@ -67,7 +68,7 @@ def plain_model(model: Any) -> Any:
     Raises:
         ValueError: Its adapters make prompts.
     """
-    if _TUNER not in vars(model) and prompts_of(model) is None:
+    if TUNER not in vars(model) and prompts_of(model) is None:
         return model
     copied = copy.deepcopy(model)
     merge(copied, dequantise=True)
@@ -75,7 +76,7 @@ def plain_model(model: Any) -> Any:
 
 
 def _merge_model(model: Any) -> None:
-    tuner = vars(model).pop(_TUNER)
+    tuner = vars(model).pop(TUNER)
     tuner.merge_and_unload(safe_merge=True)
     for parameter in model.parameters():
         if parameter.is_floating_point():

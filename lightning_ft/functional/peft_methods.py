@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -15,11 +13,18 @@ from torch import nn
 from lightning_ft.core.base_weights import mark_base
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
+from lightning_ft.functional.peft_config import changes_base, import_peft, plain_config, read_config
+from lightning_ft.functional.peft_parts import (
+    TUNER,
+    adapter_parameters,
+    find_transformer,
+    head_modules,
+    head_parameters,
+    is_adapter_layer,
+    linear_names,
+)
 
 ALL_LINEAR = "all-linear"
-_TUNER = "_lightning_ft_peft_tuner"
-# What these draw takes the largest part out of the base's own weights.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def adapt(
@@ -48,7 +53,7 @@ def adapt(
 
     Args:
         module: The module that is trained.
-        config: ``PeftConfig`` as plain types, see :func:`plain_config`.
+        config: ``PeftConfig`` as plain types, see :func:`~lightning_ft.functional.peft_config.plain_config`.
         transformer: Path of the module to adapt, where there are several models of transformers. Without any, a
             module with a list of blocks is adapted as a whole.
         layers: Arguments of :class:`~lightning_ft.core.layers.Layers`: where the head is.
@@ -107,167 +112,12 @@ def adapt(
     return _report(module, settings, before, head, path)
 
 
-def plain_config(config: Any) -> dict[str, Any]:
-    """A configuration of peft as plain types, which a weights-only checkpoint may hold.
-
-    Raises:
-        TypeError: It is none.
-    """
-    if not (hasattr(config, "peft_type") and hasattr(config, "to_dict")):
-        raise TypeError(f"config must be a configuration of peft, such as peft.LoraConfig(r=8); got {config!r}")
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, set | frozenset):
-            return sorted(value)
-        raise TypeError(f"config holds a {type(value).__name__}, which a checkpoint cannot hold")
-
-    result: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=plain))
-    if result.get("init_lora_weights") != "loftq" and "loftq_config" in result:
-        result["loftq_config"] = {}  # jsonargparse fills it in, and peft warns that it is ignored
-    return result
-
-
-def read_config(config: Mapping[str, Any]) -> Any:
-    """The configuration that :func:`plain_config` made plain.
-
-    Raises:
-        ImportError: peft is not installed.
-        ValueError: peft has no such method.
-    """
-    peft = import_peft()
-    if config["peft_type"] not in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise ValueError(f"config: peft {peft.__version__} has no method {config['peft_type']!r}")
-    return peft.PeftConfig.from_peft_type(**config)
-
-
-def changes_base(config: Mapping[str, Any]) -> bool:
-    """Whether the adapter's first weights are taken out of the base's."""
-    init = config.get("init_lora_weights")
-    return isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE)
-
-
-def import_peft() -> Any:
-    """The package peft.
-
-    Raises:
-        ImportError: It is not installed.
-    """
-    try:
-        import peft
-        import peft.functional
-    except ImportError as error:
-        raise ImportError("parameter-efficient methods need peft: pip install lightning-ft, which brings it") from error
-    return peft
-
-
-# ---- the transformer, its head, its layers
-
-
-def find_transformer(module: nn.Module, path: str | None, layers: Layers) -> tuple[str, nn.Module]:
-    """The module that is adapted, and its path.
-
-    Raises:
-        ValueError: There is none, or several, or none at ``path``.
-    """
-    models = _outermost_models(module)
-    if path is not None:
-        known = dict(module.named_modules())
-        if path not in known:
-            raise ValueError(f"module={path!r} is no submodule; models of transformers: {', '.join(models) or 'none'}")
-        return path, known[path]
-    if len(models) > 1:
-        raise ValueError(
-            f"module= must say which model to adapt: {type(module).__name__} has {', '.join(models)}; write "
-            f"module={next(iter(models))!r}"
-        )
-    if models:
-        return next(iter(models.items()))
-    try:
-        layers.of(module)
-    except ValueError as error:
-        raise ValueError(
-            f"no transformer found in {type(module).__name__}: it holds no model of transformers, and {error}. Say "
-            'module="path.to.the.network"'
-        ) from error
-    return "", module
-
-
-def _outermost_models(module: nn.Module) -> dict[str, nn.Module]:
-    # Without an import: where transformers was never loaded, nothing is of it.
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:
-        return {}
-    found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
-        if isinstance(child, modeling.PreTrainedModel) and not any(
-            f"{name}.".startswith(f"{o}.") or not o for o in found
-        ):
-            found[name] = child
-    return found
-
-
-def head_parameters(module: nn.Module, transformer: nn.Module, layers: Layers) -> set[nn.Parameter]:
-    """The head's, without a language model's output layer, which is pretrained, unless ``layers`` names the head."""
-    groups = layers.of(module)
-    head = set(groups.parameters("head")) if "head" in groups else set()
-    if layers.head is not None or layers.groups is not None:
-        return head
-    output = getattr(transformer, "get_output_embeddings", lambda: None)()
-    return head - (set(output.parameters()) if isinstance(output, nn.Module) else set())
-
-
-def linear_names(transformer: nn.Module, head: Collection[nn.Parameter]) -> list[str]:
-    """Names of the linear layers (of torch, of bitsandbytes, Conv1D of transformers) outside the head."""
-    conv = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", nn.Linear)
-    attention = {p for m in transformer.modules() if isinstance(m, nn.MultiheadAttention) for p in m.parameters()}
-    output = getattr(transformer, "get_output_embeddings", lambda: None)()
-    apart = set(head) | attention | (set(output.parameters()) if isinstance(output, nn.Module) else set())
-    return [
-        name
-        for name, child in transformer.named_modules()
-        if isinstance(child, nn.Linear | conv) and not set(child.parameters()) & apart
-    ]
-
-
-def is_adapter_layer(module: nn.Module) -> bool:
-    """Whether a layer is one that peft has put in another's place."""
-    utils, other = sys.modules.get("peft.tuners.tuners_utils"), sys.modules.get("peft.utils.other")
-    kinds = getattr(utils, "BaseTunerLayer", None), getattr(other, "AuxiliaryTrainingWrapper", None)
-    return any(kind is not None and isinstance(module, kind) for kind in kinds)
-
-
-def adapter_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """What peft has added to a module: adapters, prompts, copies of ``modules_to_save``."""
-    found: set[nn.Parameter] = set()
-    for child in module.modules():
-        if is_adapter_layer(child) or getattr(child, "is_lightning_ft_prompts", False):
-            inner = getattr(child, "base_layer", None) or getattr(child, "original_module", None)
-            found |= set(child.parameters()) - set(inner.parameters() if isinstance(inner, nn.Module) else ())
-    return found
-
-
-def second_factors(transformer: nn.Module, adapter: str) -> list[nn.Parameter]:
-    """The B of all LoRA layers, whose learning rate LoRA+ sets apart."""
-    pairs = [getattr(child, "lora_B", None) for child in transformer.modules() if is_adapter_layer(child)]
-    return [
-        p
-        for layers in pairs
-        if isinstance(layers, nn.ModuleDict) and adapter in layers
-        for p in layers[adapter].parameters()
-    ]
-
-
-def tuner_of(transformer: nn.Module) -> Any:
-    """The object of peft that manages the adapters in a model; None where there are none, or prompts only."""
-    return vars(transformer).get(_TUNER)
-
-
 # ---- injection
 
 
 def _refuse_adapted(path: str, target: nn.Module, config: Any, adapter: str) -> None:
     place = path or "the module"
-    prompts = next((m for m in target.modules() if getattr(m, "is_lightning_ft_prompts", False)), None)
+    prompts: Any = next((m for m in target.modules() if getattr(m, "is_lightning_ft_prompts", False)), None)
     layers = any(is_adapter_layer(child) for child in target.modules())
     names = [*(getattr(target, "peft_config", None) or ()), *(prompts.configs if prompts is not None else ())]
     if adapter in names:
@@ -303,7 +153,7 @@ def _inject(
             f"{type(target).__name__}: {endings}"
         ) from error
     peft.functional.cast_adapter_dtype(target, adapter)
-    vars(target)[_TUNER] = tuner
+    vars(target)[TUNER] = tuner
     if hasattr(type(target), "_hf_peft_config_loaded"):
         target._hf_peft_config_loaded = True  # type: ignore[assignment]  # what transformers' own add_adapter says
     if any(isinstance(m, nn.Linear) and not m.weight.is_floating_point() for m in target.modules()):
@@ -358,16 +208,6 @@ def _leave_out_head(target: nn.Module, config: Any, head: Collection[nn.Paramete
     if not isinstance(given, str):
         given = "|".join(f"(.*\\.)?{re.escape(name)}" for name in sorted(given))
     config.exclude_modules = f"{given}|{names}" if given else names
-
-
-def head_modules(transformer: nn.Module, head: Collection[nn.Parameter]) -> list[str]:
-    """Paths of the largest modules inside a model that hold nothing but the head's parameters."""
-    found: list[str] = []
-    for name, child in transformer.named_modules():
-        own = set(child.parameters())
-        if name and own and own <= set(head) and not any(name.startswith(f"{outer}.") for outer in found):
-            found.append(name)
-    return found
 
 
 def _named(pattern: str, name: str) -> bool:

@@ -23,7 +23,7 @@ from lightning_ft.export import export_hf, export_onnx, load_session
 from lightning_ft.functional.alterations import PART
 from lightning_ft.functional.peft_adapters import load_adapter, save_adapter
 from lightning_ft.functional.peft_merge import merge
-from lightning_ft.functional.peft_methods import adapter_parameters
+from lightning_ft.functional.peft_parts import adapter_parameters
 from lightning_ft.modules import SequenceClassification, load_checkpoint
 from tests.pretrained import Kind, pretrained
 from tests.strangers import identical, outcome

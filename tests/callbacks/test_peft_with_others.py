@@ -26,7 +26,7 @@ from lightning_ft.callbacks.peft import PEFT
 from lightning_ft.core.base_weights import base_names
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.functional.alterations import load_altered
-from lightning_ft.functional.peft_methods import adapter_parameters
+from lightning_ft.functional.peft_parts import adapter_parameters
 from tests.ranks import run_ranks
 from tests.strangers import BATCH, BATCHES, FILTERED, STRANGERS, Late, Stranger, dataset, identical, outcome, weights
 

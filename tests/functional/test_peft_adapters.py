@@ -21,7 +21,8 @@ from lightning_ft.functional.peft_adapters import (
     save_adapter,
     use_adapter,
 )
-from lightning_ft.functional.peft_methods import adapter_parameters, plain_config
+from lightning_ft.functional.peft_config import plain_config
+from lightning_ft.functional.peft_parts import adapter_parameters
 from tests.strangers import FILTERED, HeadFirst, dataset
 from tests.tiny import LLAMA, tiny
 

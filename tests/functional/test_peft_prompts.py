@@ -12,7 +12,9 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from lightning_ft.functional.peft_methods import adapt, adapter_parameters, plain_config
+from lightning_ft.functional.peft_config import plain_config
+from lightning_ft.functional.peft_methods import adapt
+from lightning_ft.functional.peft_parts import adapter_parameters
 from lightning_ft.functional.peft_prompts import prompts_of
 from tests.tiny import BERT, GPT2, LLAMA, SEQ2SEQ, T5, tiny
 
