@@ -12,17 +12,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.core.base_weights import base_names
 from lightning_ft.core.files import atomic_folder
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import alter, alterations, remember
-from lightning_ft.functional.delta import content_hash
 from lightning_ft.functional.peft_config import import_peft, plain_config, read_config
+from lightning_ft.functional.peft_files import (
+    FACTS,
+    PREFIX,
+    adapter_tensors,
+    base_digests,
+    check_base,
+    fill,
+    head_in_adapter_file,
+    part_of_head,
+    path_of,
+    to_use,
+)
 from lightning_ft.functional.peft_parts import (
     adapter_parameters,
     find_transformer,
-    head_modules,
     head_parameters,
     is_adapter_layer,
     tuner_of,
@@ -30,9 +39,7 @@ from lightning_ft.functional.peft_parts import (
 from lightning_ft.functional.peft_prompts import prompts_of
 
 Combination = Literal["linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune"]
-_PREFIX = "base_model.model."
 _HEADS = "_lightning_ft_peft_heads"
-_FACTS = "lightning_ft.json"
 
 
 def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str = "default") -> Report:
@@ -67,13 +74,13 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str
     target = _transformer(module, _first(module))
     config = read_config(plain_config(_configs(target)[name]))
     head = _head_of(module, name)
-    tensors, config = _tensors(target, name, config)
-    inside = _saved_with_adapter(module, target, head, config)
+    tensors, config = adapter_tensors(target, name, config)
+    inside = head_in_adapter_file(module, target, head, config)
     if inside:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *inside})
-        start = "base_model." if config.is_prompt_learning else _PREFIX
-        tensors |= {f"{start}{key}": v for key, v in _inside(_path(target, module), head, inside).items()}
-    rest = {n: t for n, t in head.items() if not any(n.startswith(f"{_path(target, module)}{m}.") for m in inside)}
+        start = "base_model." if config.is_prompt_learning else PREFIX
+        tensors |= {f"{start}{key}": v for key, v in part_of_head(path_of(target, module), head, inside).items()}
+    rest = {n: t for n, t in head.items() if not any(n.startswith(f"{path_of(target, module)}{m}.") for m in inside)}
     config.inference_mode = True
     with atomic_folder(Path(folder)) as made:
         save_file(
@@ -85,7 +92,7 @@ def save_adapter(module: nn.Module, folder: str | os.PathLike[str], *, name: str
             save_file(
                 {key: value.detach().cpu().contiguous() for key, value in rest.items()}, made / "head.safetensors"
             )
-        (made / _FACTS).write_text(json.dumps({"base": base_digests(module, target)}, indent=2))
+        (made / FACTS).write_text(json.dumps({"base": base_digests(module, target)}, indent=2))
     sizes = {"adapter": sum(t.nbytes for t in tensors.values()), "head": sum(t.nbytes for t in rest.values())}
     return Report("Adapter saved", {"name": name, "folder": str(folder), "bytes": sizes})
 
@@ -123,14 +130,14 @@ def load_adapter(
         where = _first(module)
         _remember_head(module, active_adapter(module))
     before = list(module.modules())
-    report = alter(module, "peft", {**where, "config": _to_use(config, others=bool(_done(module))), "adapter": name})
+    report = alter(module, "peft", {**where, "config": to_use(config, others=bool(_done(module))), "adapter": name})
     _keep_modes(module, before)
     target = _transformer(module, where)
-    _check_base(module, target, folder)
-    start, own = _path(target, module), _head(module)
-    known = {key.removeprefix(_PREFIX).removeprefix("base_model."): value for key, value in tensors.items()}
+    check_base(module, target, folder)
+    start, own = path_of(target, module), _head(module)
+    known = {key.removeprefix(PREFIX).removeprefix("base_model."): value for key, value in tensors.items()}
     head = {f"{start}{key}": value for key, value in known.items() if f"{start}{key}" in own}
-    _fill(target, name, {key: value for key, value in known.items() if f"{start}{key}" not in own})
+    fill(target, name, {key: value for key, value in known.items() if f"{start}{key}" not in own})
     if (folder / "head.safetensors").is_file():
         head |= load_file(folder / "head.safetensors")
     _set_head(module, head)
@@ -216,20 +223,6 @@ def combine_adapters(
     _activate(module, name)
 
 
-def base_digests(module: nn.Module, transformer: nn.Module) -> dict[str, str]:
-    """SHA-256 of each of the base's weights in the transformer, under the name that it has without adapters.
-
-    One by one, since an adapter that was trained over quantised weights may be laid over the floating-point ones.
-    """
-    start, parameters = _path(transformer, module), dict(module.named_parameters(remove_duplicate=False))
-    chosen = {n.removeprefix(start): parameters[n] for n in sorted(base_names(module)) if n.startswith(start)}
-    return {
-        name.replace(".base_layer.", "."): content_hash({"": parameter})
-        for name, parameter in chosen.items()
-        if parameter.is_floating_point()
-    }
-
-
 # ---- what was done
 
 
@@ -261,11 +254,6 @@ def _configs(target: nn.Module) -> dict[str, Any]:
     prompts = prompts_of(target)
     configs: dict[str, Any] = {**(getattr(target, "peft_config", None) or {}), **(prompts.configs if prompts else {})}
     return configs
-
-
-def _path(target: nn.Module, module: nn.Module) -> str:
-    path = next(name for name, child in module.named_modules() if child is target)
-    return f"{path}." if path else ""
 
 
 def _activate(module: nn.Module, name: str) -> None:
@@ -323,90 +311,3 @@ def _set_head(module: nn.Module, head: Mapping[str, Tensor]) -> None:
             found = tuple(own[name].shape) if name in own else "none"
             raise ValueError(f"the adapter's head has {name} of shape {tuple(value.shape)}, and this module {found}")
         own[name].copy_(value)
-
-
-# ---- files
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-
-
-def _saved_with_adapter(module: nn.Module, target: nn.Module, head: Mapping[str, Tensor], config: Any) -> list[str]:
-    """The modules of the head that go into peft's own file."""
-    if not hasattr(config, "modules_to_save"):
-        return []
-    # By name: the head of an adapter that does not act now lies beside the model.
-    named = dict(module.named_parameters())
-    return head_modules(target, {named[name] for name in head})
-
-
-def _inside(path: str, head: Mapping[str, Tensor], modules: list[str]) -> dict[str, Tensor]:
-    known = {name.removeprefix(path): value for name, value in head.items() if name.startswith(path)}
-    return {name: value for name, value in known.items() if any(name.startswith(f"{m}.") for m in modules)}
-
-
-def _tensors(target: nn.Module, name: str, config: Any) -> tuple[dict[str, Tensor], Any]:
-    prompts = prompts_of(target)
-    if prompts is not None and name in prompts.configs:
-        return {"prompt_embeddings": prompts.vectors(name)}, config
-    if hasattr(config, "rank_pattern") and config.peft_type == "ADALORA":
-        config.rank_pattern = None  # ranks that were given up are zeros of the full rank
-    state = import_peft().functional.get_peft_model_state_dict(target, adapter_name=name, save_embedding_layers=False)
-    if any(name in vars(child).get("_lightning_ft_start", {}) for child in target.modules()):
-        return _as_lora(target, name, state, config)
-    return {f"{_PREFIX}{key}": value for key, value in state.items()}, config
-
-
-def _as_lora(target: nn.Module, name: str, state: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Tensor], Any]:
-    """W' + sBA = W + s(BA − B₀A₀), as W' is W − sB₀A₀."""
-    result = {f"{_PREFIX}{key}": value for key, value in state.items()}
-    for path, child in target.named_modules():
-        if (start := vars(child).get("_lightning_ft_start", {}).get(name)) is not None:
-            a, b = f"{_PREFIX}{path}.lora_A.weight", f"{_PREFIX}{path}.lora_B.weight"
-            result[a] = torch.cat([result[a], start[0].to(result[a])], 0)
-            result[b] = torch.cat([result[b], -start[1].to(result[b])], 1)
-    root = 2**0.5 if config.use_rslora else 2
-    config.init_lora_weights = True
-    config.r, config.lora_alpha = 2 * config.r, root * config.lora_alpha
-    config.rank_pattern = {key: 2 * value for key, value in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {key: root * value for key, value in (config.alpha_pattern or {}).items()}
-    return result, config
-
-
-def _to_use(config: Mapping[str, Any], *, others: bool) -> dict[str, Any]:
-    """So that it can be trained further, where peft can: the networks that made prompts are not saved."""
-    kind = config["peft_type"]
-    only_used = kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") or (kind == "ADALORA" and others)
-    return {**config, "inference_mode": only_used, "base_model_name_or_path": None}
-
-
-def _fill(target: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    prompts = prompts_of(target)
-    if prompts is not None and name in prompts.configs:
-        prompts.fill(name, tensors["prompt_embeddings"])
-        return
-    try:
-        loaded = import_peft().functional.set_peft_model_state_dict(target, tensors, adapter_name=name)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"the adapter does not fit this model: {error}") from error
-    own = adapter_parameters(target)
-    mine = {key for key, p in target.named_parameters() if p in own and f".{name}" in key and "ranknum" not in key}
-    lacking = sorted(mine.intersection(loaded.missing_keys))
-    if loaded.unexpected_keys or lacking:
-        raise ValueError(
-            f"the adapter does not fit this model: it has {', '.join(loaded.unexpected_keys[:3]) or 'nothing'} too "
-            f"much, and lacks {', '.join(lacking[:3]) or 'nothing'}"
-        )
-
-
-def _check_base(module: nn.Module, target: nn.Module, folder: Path) -> None:
-    if not (folder / _FACTS).is_file():
-        return
-    wanted, found = json.loads((folder / _FACTS).read_text())["base"], base_digests(module, target)
-    if other := sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name]):
-        raise ValueError(
-            f"folder={str(folder)!r} was trained over other base weights than those of this {type(module).__name__}: "
-            f"{len(other)} of {len(wanted)} tensors differ ({', '.join(other[:3])}); build it from the same "
-            "pretrained weights"
-        )
