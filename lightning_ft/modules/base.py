@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_ft.functional.alterations import PART, check_alterations, restore
 from lightning_ft.functional.learning_rates import decay_groups, slanted_triangular, warmup_then
 from lightning_ft.functional.likelihood import Likelihood
+from lightning_ft.functional.peft_merge import plain_model
 from lightning_ft.modules.checkpoint import (
     KEY,
     Architecture,
@@ -350,8 +351,14 @@ class TransformerModule(LightningModule):
         return module.to(map_location)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open."""
-        self.model.save_pretrained(folder)
+        """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open.
+
+        Adapters of peft are merged, in a copy.
+
+        Raises:
+            ValueError: The adapters make prompts, which no weights can take in.
+        """
+        plain_model(self.model).save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
