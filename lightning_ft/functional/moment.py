@@ -42,6 +42,10 @@ class Moment:
         self._values.clear()
         self.stamp = None
 
+    def drop(self) -> None:
+        """Drop what was kept, but go on."""
+        self._values.clear()
+
     def once(self, name: Hashable, sources: list[Tensor], compute: Callable[[], Tensor]) -> Tensor:
         """The value that ``compute`` gives, from an earlier read where that is the same.
 
