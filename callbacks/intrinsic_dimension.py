@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
@@ -76,6 +77,7 @@ class IntrinsicDimension(Callback):
         self._rates: OwnRates | None = None
         self._subspace: Subspace | None = None
         self._window = WindowTracker()
+        self._handles: list[RemovableHandle] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,6 +103,10 @@ class IntrinsicDimension(Callback):
             )
         assert self._subspace is not None
         self._window = WindowTracker()
+        moment = self._subspace.moment
+        for optimizer in trainer.optimizers:
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._handles.append(optimizer.register_step_post_hook(lambda *_: moment.drop()))
         if self.rate is not None:
             rates = {parameter: self.rate for parameter in self._subspace.parameters()}
             self._rates = OwnRates("IntrinsicDimension", trainer.optimizers, rates)
@@ -169,6 +175,9 @@ class IntrinsicDimension(Callback):
 
     def _release(self) -> None:
         self._end()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         if self._altering is not None:
             self._altering.release()
         if self._rates is not None:
