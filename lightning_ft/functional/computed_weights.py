@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_ft.core.base_weights import mark_base
+from lightning_ft.core.base_weights import base_names, mark_base
 from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.core.layers import Layers
 
@@ -25,8 +25,13 @@ def pretrained_weights(module: nn.Module, layers: Mapping[str, Any] | None, what
         what: Who asks, for messages.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none; the module is altered already; weights are sharded.
     """
+    if altered := base_names(module):
+        raise ValueError(
+            f"{what} changes what pretrained weights are read as, and {type(module).__name__} is altered already "
+            f"({len(altered)} of its tensors are a frozen base): use one such method at a time"
+        )
     groups = Layers(**(layers or {})).of(module)
     fresh = fresh_parameters(module)
     found = {
@@ -39,7 +44,7 @@ def pretrained_weights(module: nn.Module, layers: Mapping[str, Any] | None, what
     if not found:
         raise ValueError(
             f"{what} found no pretrained parameter that trains: everything outside the head of "
-            f"{type(module).__name__} is frozen, quantised or altered already"
+            f"{type(module).__name__} is frozen or quantised"
         )
     if sharded := [name for name, p in found.items() if hasattr(p, "placements") or hasattr(p, "_fsdp_flattened")]:
         raise ValueError(f"{what} computes whole weights, and {sharded[0]} is sharded: use DDP or one device")
