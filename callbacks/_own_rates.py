@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 class OwnRates:
     """While ``step()`` runs, chosen parameters are in groups of their own, with their rate and no weight decay.
 
-    The rate follows the optimiser's schedule: rate × lr / (its group's highest or first lr). Groups, schedulers and
-    state dicts never see it.
+    The rate follows the optimiser's schedule: rate × lr / (its group's highest or first lr); factors that another
+    callback puts on lr (by depth) multiply it, too. Groups, schedulers and state dicts never see it.
 
     Args:
         owner: Name of the callback, for messages.
