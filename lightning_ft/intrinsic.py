@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -162,7 +163,10 @@ def configured(
             line += [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
         with suppress(FileNotFoundError):
             line += ["--ckpt_path", str(last_checkpoint(place))]
-        built = run(line)
+        with warnings.catch_warnings():
+            # These are its arguments; the process has others.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            built = run(line)
         if metric not in built.trainer.callback_metrics:  # it had ended, and went on to nothing
             built.trainer.validate(built.model, built.datamodule, verbose=False)
         logged = built.trainer.callback_metrics
