@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
@@ -104,6 +105,7 @@ class DiffPruning(Callback):
         self._fixed = False
         self._window = WindowTracker()
         self._flags: list[tuple[torch.nn.Parameter, bool]] = []
+        self._handles: list[RemovableHandle] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,7 +123,9 @@ class DiffPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
         if trainer.strategy.restore_checkpoint_after_setup:
-            raise ValueError(f"DiffPruning computes whole weights: {type(trainer.strategy).__name__} shards them; use DDP")
+            raise ValueError(
+                f"DiffPruning computes whole weights: {type(trainer.strategy).__name__} shards them; use DDP"
+            )
         self._offsets = sparse_offsets(pl_module)
         if any(offset.delta.dtype in (torch.bfloat16, torch.float16) for offset in self._offsets):
             rank_zero_warn(
@@ -129,6 +133,10 @@ class DiffPruning(Callback):
                 'Trainer(precision="bf16-mixed"), which keeps fp32 weights'
             )
         self._window, self.report = WindowTracker(), None
+        moment = self._offsets[0].moment
+        for optimizer in trainer.optimizers:
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._handles.append(optimizer.register_step_post_hook(lambda *_: moment.drop()))
         self._rates = OwnRates(
             "DiffPruning", trainer.optimizers, {gate: self.gate_rate for o in self._offsets for gate in _gates(o)}
         )
@@ -173,7 +181,7 @@ class DiffPruning(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._offsets[0].moment.drop()
+        self._offsets[0].moment.drop()  # their memory is free for the step
         if self._fixed:
             return
         held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -218,6 +226,9 @@ class DiffPruning(Callback):
         if self._rates is not None:
             self._rates.remove()
             self._rates = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         for gate, flag in self._flags:
             gate.requires_grad_(flag)
         self._flags.clear()

@@ -344,7 +344,9 @@ def test_refuses_other_files_and_dense_differences(tmp_path: Path) -> None:
     diff_prune(model)
     with pytest.raises(ValueError, match="is not pruned yet"):
         save_sparse_delta(model, tmp_path / "task.safetensors")
-    with pytest.raises(ValueError, match="BertForSequenceClassification is altered already .* use one such method at a time"):
+    with pytest.raises(
+        ValueError, match="BertForSequenceClassification is altered already .* use one such method at a time"
+    ):
         diff_prune(model)
 
 
