@@ -108,7 +108,7 @@ class IntrinsicDimension(Callback):
             if hasattr(optimizer, "register_step_post_hook"):
                 self._handles.append(optimizer.register_step_post_hook(lambda *_: moment.drop()))
         if self.rate is not None:
-            rates = {parameter: self.rate for parameter in self._subspace.parameters()}
+            rates = dict.fromkeys(self._subspace.parameters(), self.rate)
             self._rates = OwnRates("IntrinsicDimension", trainer.optimizers, rates)
 
     @override

@@ -70,9 +70,7 @@ def search_dimension(
     notes = _Notes(Path(out), {} if told is None else dict(told))
     full = notes.score(train, None, progress)
     if not full > 0:
-        raise ValueError(
-            f"the score of full fine-tuning is {full}, of which no share can be asked: name another metric"
-        )
+        raise ValueError(f"full fine-tuning scores {full}, of which no share can be asked: take another metric")
     for dimension in sorted(set(dims)):
         notes.score(train, dimension, progress)
     for _ in range(refine):

@@ -44,6 +44,8 @@ class SparseOffset(nn.Module):
         key: Seeds the draws together with the moment's stamp.
     """
 
+    group_log_alpha: nn.Parameter | None
+
     def __init__(self, weight: Tensor, gates: HardConcrete, *, structured: bool, moment: Moment, key: int) -> None:
         super().__init__()
         options: dict[str, Any] = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
@@ -57,7 +59,7 @@ class SparseOffset(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """θ for θ⁰."""
-        sources = [weight, self.delta, self.log_alpha]
+        sources = [weight, *self.parameters()]
         return self.moment.once((self.key, self.training), sources, lambda: self._value(weight))
 
     def _value(self, weight: Tensor) -> Tensor:
@@ -245,7 +247,7 @@ def prune_offsets(module: nn.Module, share: float) -> Report:
     kept[(every == least).nonzero().flatten()[: count - int(kept.sum())]] = True
     assert int(kept.sum()) == count
     rows = []
-    for (name, offset, _), keep in zip(named, kept.split([len(m) for m in magnitudes]), strict=True):
+    for (name, offset, _), keep in zip(named, torch.split(kept, [len(m) for m in magnitudes]), strict=True):
         offset.fix(keep.view(offset.delta.shape))
         rows.append({"weight": name, "values": len(keep), "kept": int(keep.sum())})
     facts = {"values": len(every), "kept": count, "share": count / len(every), "least kept": float(least)}
@@ -353,7 +355,7 @@ def load_sparse_delta(module: nn.Module, path: str | os.PathLike[str]) -> Report
         raise FileNotFoundError(f"{path} does not exist")
     if sparse_offsets(module):
         raise ValueError("module is altered by diff pruning: a sparse difference is loaded into a freshly built one")
-    with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
     if _META not in metadata:

@@ -30,8 +30,8 @@ class FastFood:
 
     B are signs, H is the Walsh-Hadamard matrix of n = 2^⌈log₂ size⌉, Π a permutation, G Gaussian, all a function of the
     seed; c = 1/√(size · ΣG²). The vector is padded to n, and the first ``size`` values of the result are taken. Then
-    E‖Pv‖² = ‖v‖² over the draws, and columns are nearly orthogonal. A vector longer than n is cut into pieces of n, each
-    with draws of its own, and their projections are added, so that no value of it is lost.
+    E‖Pv‖² = ‖v‖² over the draws, and columns are nearly orthogonal. A vector longer than n is cut into pieces of n,
+    each with draws of its own, and their projections are added, so that no value of it is lost.
 
     The first transform sees n/p copies of zeros but for one: H (v, 0) repeats the transform of the first p = 2^⌈log₂ d⌉
     values, so only one of the two is of full size. Products with P and Pᵀ take O(n log n); nothing of the size of
@@ -147,6 +147,8 @@ class Subspace(nn.Module):
         said: Whether each tensor has a scale λ: the vector then has d − m values.
     """
 
+    scales: nn.Parameter | None
+
     def __init__(self, dimension: int, tensors: int, *, said: bool) -> None:
         super().__init__()
         self.moment = Moment()
@@ -173,7 +175,8 @@ class SubspaceWeight(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """θ for θ⁰."""
         (subspace,) = self._subspace
-        vector, scales = subspace.vector, subspace.scales
+        vector: Tensor = subspace.vector
+        scales: Tensor | None = subspace.scales
         if vector.device != weight.device:  # of a copy of the model alone, elsewhere; or of a run on meta tensors
             vector = vector.to(weight.device)
             scales = None if scales is None else scales.to(weight.device)

@@ -13,8 +13,8 @@ class Moment:
     """A stretch of a run in which a computed weight is computed once, however often a forward pass reads it.
 
     Whoever runs the model (a callback) begins and ends it; outside of one each read computes. Within it a value is kept
-    as long as no tensor that it is computed of is known to have been written to. (A fused optimiser's step is not known:
-    whoever begins a moment drops what is kept after a step.) It must hold on to none of the tensors that
+    as long as no tensor that it is computed of is known to have been written to. (Of a fused optimiser's step that is
+    not known: whoever begins a moment drops what is kept after a step.) It must hold on to none of the tensors that
     autograd frees in a backward pass, so that several passes may go through it: for ``autograd.Function`` that save
     nothing but attributes. Copies of a module share no value with it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,7 @@ def test_gates_and_offsets_have_rates_and_schedules_of_their_own(order: str) -> 
     (offset, *_) = sparse_offsets(module)
     factor = 1 if order == "alone" else 0.5**4
     values = [*trace.alphas[:3], offset.log_alpha.detach()]
-    for step, (before, after) in enumerate(zip(values[:-1], values[1:], strict=True)):
+    for step, (before, after) in enumerate(pairwise(values)):
         expected = torch.full_like(before, factor * 0.1 / (1 + 0.1 * step))
         torch.testing.assert_close(before - after, expected, rtol=0.02, atol=0)
     # The groups are as the module made them.

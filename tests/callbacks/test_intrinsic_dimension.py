@@ -1,4 +1,4 @@
-"""IntrinsicDimension on strangers: what trains, when weights are computed, exact resume, and what its checkpoints hold."""
+"""IntrinsicDimension on strangers: what trains, when weights are computed, exact resume, and its checkpoints."""
 
 from __future__ import annotations
 
