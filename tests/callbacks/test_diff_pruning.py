@@ -219,32 +219,37 @@ def test_bf16_autocast_trains() -> None:
     assert all(o.delta.dtype == torch.float32 and o.fixed for o in sparse_offsets(module))
 
 
-class Reader(Callback):
-    """Reads a weight just before a step, and after it as it is computed and as it should be."""
+class Before(Callback):
+    """Reads a weight just before a step."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        read(module)
+
+
+class After(Callback):
+    """Reads a weight after a step, as it is computed and as it should be."""
 
     def __init__(self) -> None:
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        self._weight(module)
-
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        now, moment = self._weight(module), sparse_offsets(module)[0].moment
-        moment.drop()
-        self.read.append((now, self._weight(module)))
+        now = read(module)
+        sparse_offsets(module)[0].moment.drop()
+        self.read.append((now, read(module)))
 
-    def _weight(self, module: Any) -> torch.Tensor:
-        weight: torch.Tensor = module.bert.bert.encoder.layer[0].output.dense.weight.detach().clone()
-        return weight
+
+def read(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.bert.bert.encoder.layer[0].output.dense.weight
+    return weight.detach().clone()
 
 
 def test_who_reads_weights_after_a_fused_step_reads_those_of_now() -> None:
     """Such a step does not tell that it wrote to a parameter."""
-    reader = Reader()
-    STRANGER["late"].fit(reader, callback(), max_epochs=1)
-    assert len(reader.read) == 6
-    assert all(torch.equal(now, fresh) for now, fresh in reader.read)
-    assert not torch.equal(reader.read[0][0], reader.read[1][0])
+    after = After()
+    STRANGER["late"].fit(after, callback(), Before(), max_epochs=1)
+    assert len(after.read) == 6
+    assert all(torch.equal(now, fresh) for now, fresh in after.read)
+    assert not torch.equal(after.read[0][0], after.read[1][0])
 
 
 def test_says_that_it_did_not_come_to_prune() -> None:

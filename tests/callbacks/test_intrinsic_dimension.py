@@ -147,32 +147,37 @@ def test_accumulated_gradients_are_those_of_one_batch(fused: bool, monkeypatch: 
         torch.testing.assert_close(value, results[1][name], rtol=0, atol=1e-5, msg=name)
 
 
-class Reader(Callback):
-    """Reads a weight just before a step, and after it as it is computed and as it should be."""
+class Before(Callback):
+    """Reads a weight just before a step."""
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        read(module)
+
+
+class After(Callback):
+    """Reads a weight after a step, as it is computed and as it should be."""
 
     def __init__(self) -> None:
         self.read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        self._weight(module)
-
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        now, moment = self._weight(module), module.intrinsic_dimension.moment
-        moment.drop()
-        self.read.append((now, self._weight(module)))
+        now = read(module)
+        module.intrinsic_dimension.moment.drop()
+        self.read.append((now, read(module)))
 
-    def _weight(self, module: Any) -> torch.Tensor:
-        weight: torch.Tensor = module.bert.bert.encoder.layer[0].output.dense.weight.detach().clone()
-        return weight
+
+def read(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.bert.bert.encoder.layer[0].output.dense.weight
+    return weight.detach().clone()
 
 
 def test_who_reads_weights_after_a_fused_step_reads_those_of_now() -> None:
     """Such a step does not tell that it wrote to a parameter."""
-    reader = Reader()
-    STRANGER["late"].fit(reader, callback(), max_epochs=1)
-    assert len(reader.read) == 6
-    assert all(torch.equal(now, fresh) for now, fresh in reader.read)
-    assert not torch.equal(reader.read[0][0], reader.read[1][0])
+    after = After()
+    STRANGER["late"].fit(after, callback(), Before(), max_epochs=1)
+    assert len(after.read) == 6
+    assert all(torch.equal(now, fresh) for now, fresh in after.read)
+    assert not torch.equal(after.read[0][0], after.read[1][0])
 
 
 def test_rate_is_that_of_v_and_follows_the_schedule() -> None:
