@@ -43,7 +43,7 @@ class DiffPruning(Callback):
     While an optimiser steps, a has the learning rate ``gate_rate`` times the schedule, and no weight decay; δ has the
     optimiser's own, whose decay pulls it to zero, which is to θ⁰. Validation and export see z without noise. A full
     checkpoint after the second phase holds kept values with their places, and the optimiser's state of all;
-    :func:`lightning_ft.functional.diff_pruning.save_sparse_delta` writes what is needed to use the model.
+    :func:`lightning_ft.functional.sparse_delta.save_sparse_delta` writes what is needed to use the model.
 
     Differs from the authors' code: each micro-batch's gradient belongs to its own z; the price is that of values whose
     gate and group gate are both open (they add the two counts); the schedule of a's rate is really stepped.

@@ -16,8 +16,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_ft.callbacks import DiscriminativeLR, ExactResume
 from lightning_ft.callbacks.diff_pruning import DiffPruning
 from lightning_ft.functional.alterations import load_altered
-from lightning_ft.functional.diff_pruning import load_sparse_delta, save_sparse_delta, sparse_offsets
+from lightning_ft.functional.diff_pruning import sparse_offsets
 from lightning_ft.functional.hard_concrete import HardConcrete
+from lightning_ft.functional.sparse_delta import load_sparse_delta, save_sparse_delta
 from tests.callbacks.test_exact_resume import Kill, Killed
 from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, HeadFirst, Stranger, identical, outcome, weights
 

@@ -17,13 +17,12 @@ from lightning_ft.functional.diff_pruning import (
     SparseOffset,
     compact,
     diff_prune,
-    load_sparse_delta,
     prune_offsets,
-    save_sparse_delta,
     sparse_offsets,
 )
 from lightning_ft.functional.hard_concrete import HardConcrete, logistic_noise
 from lightning_ft.functional.moment import Moment
+from lightning_ft.functional.sparse_delta import load_sparse_delta, save_sparse_delta
 from tests.strangers import Filtered
 from tests.tiny import BERT, GPT2, tiny
 
