@@ -71,14 +71,14 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     copied.eval()  # a spectral norm in training mode changes whenever it is read
     copied = _unwrap_inside(copied)
     _merge(copied)
+    applied: list[Tensor] = []
     for module in list(copied.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)  # type: ignore[no-untyped-call]
         if parametrize.is_parametrized(module):
             _own_class(module)
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _apply_parametrizations(module, applied)
     return copied, sorted(set(found))
 
 
@@ -116,6 +116,16 @@ def _own_class(module: nn.Module) -> None:
     shared = type(module)
     content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     module.__class__ = type(shared.__name__, shared.__bases__, content)
+
+
+def _apply_parametrizations(module: nn.Module, applied: list[Tensor]) -> None:
+    """Put plain weights in the place of computed ones. A tied weight, which several owners compute, is changed once."""
+    for name, steps in list(module.parametrizations.items()):  # type: ignore[operator, union-attr]
+        original = getattr(steps, "original", None)
+        done = any(original is tensor for tensor in applied)
+        parametrize.remove_parametrizations(module, name, leave_parametrized=not done)
+        if original is not None and not done:
+            applied.append(original)
 
 
 def _unwrap_inside(model: nn.Module) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import final
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_ft.core.data_flow import first_fed
 from lightning_ft.core.sharding import (
@@ -458,6 +459,7 @@ def _is_block_list(module: nn.Module) -> bool:
     children = list(module.children())
     return (
         isinstance(module, (nn.ModuleList, nn.Sequential))
+        and not isinstance(module, ParametrizationList)  # of one weight, not of layers
         and len({plain_class(child) for child in children}) == 1
         and all(any(True for _ in child.parameters()) for child in children)
     )

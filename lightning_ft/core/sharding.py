@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Attributes under which FSDP1 and activation checkpointing keep the module that they stand for."""
@@ -21,8 +22,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def plain_class(module: nn.Module) -> type:
-    """The class of a module without what wraps it, and before ``fully_shard`` (FSDP2) put its own in front."""
-    cls = type(unwrapped(module))
+    """The class of a module without what wraps it, and before FSDP2 or a parametrisation put its own in front."""
+    cls = type_before_parametrizations(unwrapped(module))
     index = getattr(cls, "_orig_cls_mro_index", None)
     return cls if index is None else cls.__mro__[index]
 

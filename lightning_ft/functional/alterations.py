@@ -33,6 +33,8 @@ _KINDS: dict[str, str] = {
     "bottleneck_adapters": "bottleneck:add_adapters",
     "frozen_adapters": "bottleneck:add_frozen_adapters",
     "peft": "peft_methods:adapt",
+    "diff_pruning": "diff_pruning:diff_prune",
+    "intrinsic_dimension": "intrinsic_dimension:restrict_to_subspace",
 }
 """Kind to ``module:function``, relative to ``lightning_ft.functional``; the function takes the module and settings."""
 
