@@ -176,8 +176,9 @@ def pending_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
     Not under our own ``FP16``, which unscales all gradients alike.
     """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    unscaled = scaler is None or getattr(trainer.precision_plugin, "unscales_fused", False)
-    if unscaled or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is None or getattr(trainer.precision_plugin, "unscales_fused", False):
+        return None
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
     device = optimizer.param_groups[0]["params"][0].device
     scale: Tensor = scaler.scale(torch.ones((), device=device))

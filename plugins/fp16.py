@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -83,6 +84,7 @@ class FP16(MixedPrecision):
         self.init_scale, self.growth_interval, self.min_scale = float(init_scale), growth_interval, float(min_scale)
         self.layers = layers or Layers()
         super().__init__("16-mixed", "cpu", self._new_scaler("cpu"))
+        self._connected: weakref.ref[Optimizer] | None = None
         self._forget()
 
     def _new_scaler(self, device: str) -> torch.amp.GradScaler:
@@ -102,7 +104,9 @@ class FP16(MixedPrecision):
     @override
     def connect(self, model: Any, optimizers: list[Optimizer], lr_schedulers: list[Any]) -> Any:
         self.device = next((p.device.type for p in model.parameters()), "cpu")
-        if optimizers:
+        # A validation after the fit connects the optimisers of that fit once more.
+        if optimizers and (self._connected is None or self._connected() is not optimizers[0]):
+            self._connected = weakref.ref(optimizers[0])
             _refuse_half(model, optimizers)
             self._forget()
             self.scaler = self._new_scaler(self.device)
@@ -120,7 +124,7 @@ class FP16(MixedPrecision):
 
     @override
     @contextmanager
-    def train_step_context(self) -> Iterator[None]:  # type: ignore[override]
+    def train_step_context(self) -> Iterator[None]:
         with super().train_step_context():
             if self._watch is None or self._module is None:
                 yield

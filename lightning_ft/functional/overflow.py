@@ -60,8 +60,10 @@ def find_overflow(
     shares = _non_finite_shares(module, None if parameters is None else {id(p) for p in parameters})
     if not shares:
         return None
-    members = _top_down(module, layers or Layers())
-    found = {name: max(hit, key=lambda n: shares[n]) for name, named in members if (hit := shares.keys() & set(named))}
+    found: dict[str, str] = {}
+    for layer, names in _top_down(module, layers or Layers()):
+        if hit := [name for name in reversed(names) if name in shares]:
+            found[layer] = max(hit, key=lambda name: shares[name])
     return Overflow(found, next(iter(found)))
 
 
