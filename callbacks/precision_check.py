@@ -212,6 +212,6 @@ def _refuse_vanishing_eps(module: nn.Module, optimizer: Optimizer) -> None:
         if vanishes and half is not None:
             raise ValueError(
                 f"{type(optimizer).__name__}(eps={eps:g}) is zero in fp16, of which {names.get(id(half), 'a weight')} "
-                'is, and its updates become 0/0: keep fp32 weights, Trainer(plugins=[FP16()]) or '
+                "is, and its updates become 0/0: keep fp32 weights, Trainer(plugins=[FP16()]) or "
                 'precision="16-mixed"; or write eps=1e-4'
             )

@@ -59,7 +59,9 @@ def test_counts_the_updates_that_bf16_loses(rate: float) -> None:
 
 
 def test_warns_with_the_layer_and_the_remedy() -> None:
-    message = r"9\d% of the updates .* torch.bfloat16 weights and are lost \(most in .*: 100%\). Use Trainer\(precision="
+    message = (
+        r"9\d% of the updates .* torch.bfloat16 weights and are lost \(most in .*: 100%\). Use Trainer\(precision="
+    )
     with pytest.warns(UserWarning, match=message):
         FILTERED.fit(PrecisionCheck(2), module=Rate(2e-6), precision="bf16-true", max_epochs=1)
     with pytest.raises(RuntimeError, match=message):
