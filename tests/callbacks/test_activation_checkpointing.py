@@ -255,8 +255,8 @@ def test_refusals() -> None:
         FILTERED.fit(ActivationCheckpointing("head"), fast_dev_run=True)
     with pytest.raises(ValueError, match="top:9"):
         FILTERED.fit(ActivationCheckpointing("top:9"), fast_dev_run=True)
+    groups = Layers(groups={"block.0": "encoder", "head": "classifier"})
     with pytest.raises(ValueError, match=r"names parameters and no list of blocks"):
-        groups = Layers(groups={"block.0": "encoder", "head": "classifier"})
         FILTERED.fit(ActivationCheckpointing(layers=groups), fast_dev_run=True)
     late = next(stranger for stranger in STRANGERS if stranger.name == "late")
     module = late.module()
