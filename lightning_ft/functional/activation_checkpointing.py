@@ -45,8 +45,8 @@ class CheckpointedBlocks:
 
     Where gradients are asked for, a block runs under :func:`torch.utils.checkpoint.checkpoint` (the form that is not
     re-entrant), which restores the random generators and autocast for the second run: dropout masks, and so gradients,
-    are the same to the bit. What is replaced is the ``forward`` of each instance; the module tree and state dicts are as
-    before, and hooks run once. A cache of keys and values that the model fills though nothing reads it is left out.
+    are the same to the bit. What is replaced is the ``forward`` of each instance; the module tree and state dicts are
+    as before, and hooks run once. A cache of keys and values that the model fills though nothing reads it is left out.
 
     Args:
         blocks: The modules.
