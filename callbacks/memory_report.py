@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,10 @@ class MemoryReport(Callback):
         self._forward.enter_context(count_saved((*pl_module.parameters(), *pl_module.buffers()), self._saved))
 
     def _tell(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        options: dict[str, Any] = {"optimizer": (trainer.optimizers or [None])[0], "precision": trainer.precision}
         try:
-            options: dict[str, Any] = {"optimizer": trainer.optimizers[0], "precision": trainer.precision}
             self._predicted = predict_memory(module, batch, **options, layers=self.layers, switches=False)
-        except (ValueError, IndexError) as error:
+        except ValueError as error:
             self._why_not = str(error)
             return
         needed: int = self._predicted.facts["peak bytes"]
@@ -132,8 +132,8 @@ class MemoryReport(Callback):
         if module.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(module.device)
             return int(free + torch.cuda.memory_reserved(module.device))
-        free = _proc(Path("/proc/meminfo"), "MemAvailable") if module.device.type == "cpu" else None
-        return None if free is None else free + storage_bytes(_kept(trainer, module))
+        available = _proc(Path("/proc/meminfo"), "MemAvailable") if module.device.type == "cpu" else None
+        return None if available is None else available + storage_bytes(_kept(trainer, module))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -154,7 +154,7 @@ class MemoryReport(Callback):
             self._conclude(trainer, pl_module)
 
     def _conclude(self, trainer: Trainer, module: LightningModule) -> None:
-        measured = {
+        measured: dict[str, int | None] = {
             "weights": storage_bytes((*module.parameters(), *module.buffers())),
             "gradients": self._gradients,
             "optimiser": storage_bytes(t for o in trainer.optimizers for t in state_tensors(o.state)),
@@ -162,7 +162,8 @@ class MemoryReport(Callback):
         }
         peak = _peak(module.device)
         total = None if peak is None else peak + self._base
-        measured["workspace"] = None if total is None else max(0, total - sum(measured.values()))  # type: ignore[assignment]
+        known = sum(size for size in measured.values() if size is not None)
+        measured["workspace"] = None if total is None else max(0, total - known)
         facts: dict[str, Any] = {"measured peak GiB": "unknown" if total is None else total / 2**30}
         rows = [{"part": part, "predicted": None, "at the peak": None, "measured": measured[part]} for part in PARTS]
         if self._predicted is not None:
@@ -172,8 +173,9 @@ class MemoryReport(Callback):
         elif self._why_not:
             facts["not predicted"] = self._why_not
         self.report = Report("Memory of a training step, bytes", facts, rows)
-        for logger in trainer.loggers if total is not None else ():
-            logger.log_metrics({"memory/peak_gib": total / 2**30}, step=trainer.global_step)
+        if total is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics({"memory/peak_gib": total / 2**30}, step=trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,10 +204,8 @@ def _reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    try:
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that of the whole process
         _CLEAR.write_text("5")
-    except OSError:  # not Linux, or not allowed: the peak is then that of the whole process
-        pass
     return _proc(_STATUS, "VmRSS") or 0
 
 

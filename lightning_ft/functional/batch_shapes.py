@@ -47,6 +47,6 @@ def cut_batch(batch: Any, rows: int, length: int | None = None) -> Any:
         for dim in range(1, tensor.ndim if length is not None else 0):
             if tensor.shape[dim] == size[1] and length is not None:
                 tensor = tensor.narrow(dim, size[1] - length, length)
-        return tensor
+        return tensor.contiguous()  # as a collator makes it
 
     return map_tensors(batch, cut)

@@ -35,7 +35,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._parts: dict[int, tuple[str, int, Any]] = {}
         self.live = dict.fromkeys(PARTS, 0)
         self.reset()

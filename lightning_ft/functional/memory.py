@@ -131,11 +131,11 @@ class _Run:
         """Two steps of a copy without data; ``forward=False``: of the optimiser alone, on gradients out of nowhere."""
         fakes, memory = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
         with fakes:
-            memo = {id(tensor): self._fake(tensor) for tensor in self._tensors() if _plain(tensor)}
+            memo: dict[int, Any] = {id(tensor): self._fake(tensor) for tensor in self._tensors() if _plain(tensor)}
         with _copies(partial(self._on, fakes)):
             twin = _copied(self.module, memo) if forward else None
         trained = [memo.get(id(p), p) for p in self.module.parameters() if p.requires_grad]
-        with same_randomness(), torch.inference_mode(False), torch.enable_grad(), fakes, memory, _Readable():
+        with same_randomness(), torch.inference_mode(False), torch.enable_grad(), fakes, memory, _Readable():  # type: ignore[no-untyped-call]
             memory.tag((memo.get(id(t), t) for t in (*self.module.parameters(), *self.module.buffers())), "weights")
             optimizer = self._optimizer(trained, memo)
             memory.tag(state_tensors(optimizer.state), "optimiser")
@@ -174,7 +174,7 @@ class _Run:
         states = state_tensors(self.optimizer.state) if isinstance(self.optimizer, Optimizer) else ()
         return [*self.module.parameters(), *self.module.buffers(), *states]
 
-    def _fake(self, tensor: Tensor) -> Tensor:
+    def _fake(self, tensor: Tensor) -> Any:
         halved = self.kind is not None and self.precision.endswith("true") and tensor.is_floating_point()
         dtype = self.kind if halved else tensor.dtype
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
@@ -290,12 +290,11 @@ def _parse(precision: str) -> torch.dtype | None:
 @contextmanager
 def _copies(make: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Tensors that are no weights (a hook's, a metric's) are copied without data as well."""
-    original = Tensor.__deepcopy__
+    original: Any = Tensor.__deepcopy__
 
-    def copied(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    def copied(tensor: Tensor, memo: dict[int, Any]) -> Any:
         if type(tensor) is not Tensor:
-            other: Tensor = original(tensor, memo)
-            return other
+            return original(tensor, memo)
         return memo.setdefault(id(tensor), make(tensor))
 
     Tensor.__deepcopy__ = copied  # type: ignore[method-assign]
@@ -353,7 +352,7 @@ def _tagging(parameters: Iterable[nn.Parameter], memory: LiveMemory) -> Iterator
         if parameter.grad is not None:
             memory.tag([parameter.grad], "gradients")
 
-    handles = [parameter.register_post_accumulate_grad_hook(tag) for parameter in parameters]
+    handles: list[Any] = [p.register_post_accumulate_grad_hook(tag) for p in parameters]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
