@@ -104,7 +104,8 @@ class MemoryReport(Callback):
         self._forward.enter_context(count_saved((*pl_module.parameters(), *pl_module.buffers()), self._saved))
 
     def _tell(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        options: dict[str, Any] = {"optimizer": (trainer.optimizers or [None])[0], "precision": trainer.precision}
+        optimizer = trainer.optimizers[0] if trainer.optimizers else None
+        options: dict[str, Any] = {"optimizer": optimizer, "precision": trainer.precision}
         try:
             self._predicted = predict_memory(module, batch, **options, layers=self.layers, switches=False)
         except ValueError as error:

@@ -60,11 +60,11 @@ def predict_memory_use(
     step: Step | None = None,
     checkpointed: Sequence[str] = (),
 ) -> MemoryUse:
-    """Bytes that training steps take, found by taking two of them with tensors that hold no data.
+    """Bytes that a training step takes, found by taking one with tensors that hold no data.
 
     A copy of the module, in which each weight is a shape, a type and a device, runs forward, backward and the
-    optimiser's step in Lightning's order: gradients of the last step are freed after the forward pass. All storages are
-    counted while they live; the second step counts, when the optimiser has its states. Nothing is allocated, and the
+    optimiser's step. All storages are counted while they live. What is told is the second step, in which the optimiser
+    has its states, and, in Lightning's order, the last gradients are freed after the forward pass. Nothing is allocated, and the
     module and the random generators are not touched. What is saved for backward is *activations*; what else comes and
     goes is *workspace*: temporaries, gradients of activations. Not in it: what an allocator rounds up and what lies
     unused between its blocks, libraries' own buffers, DDP's buckets (as much as the gradients once more).
@@ -128,7 +128,7 @@ class _Run:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
     def without_data(self, batch: Any, *, forward: bool = True) -> MemoryUse:
-        """Two steps of a copy without data; ``forward=False``: of the optimiser alone, on gradients out of nowhere."""
+        """A step of a copy without data; ``forward=False``: of the optimiser alone, on gradients out of nowhere."""
         fakes, memory = FakeTensorMode(allow_non_fake_inputs=True), LiveMemory()
         with fakes:
             memo: dict[int, Any] = {id(tensor): self._fake(tensor) for tensor in self._tensors() if _plain(tensor)}
@@ -139,22 +139,34 @@ class _Run:
             memory.tag((memo.get(id(t), t) for t in (*self.module.parameters(), *self.module.buffers())), "weights")
             optimizer = self._optimizer(trained, memo)
             memory.tag(state_tensors(optimizer.state), "optimiser")
-            inputs = example_batch(batch, self.device) if forward else None
-            for _ in range(2):
+            before = memory.live["optimiser"]
+            phases = []
+            if twin is not None:
+                inputs = example_batch(batch, self.device)
                 memory.reset()
-                if twin is not None:
-                    with _saved(memory):
-                        loss = self._forward(twin, inputs)
-                    optimizer.zero_grad()
-                    with _tagging(trained, memory):
-                        loss.backward()  # type: ignore[no-untyped-call]
-                    del loss
-                for parameter in trained if twin is None else ():
-                    parameter.grad = torch.empty_like(parameter)
-                    memory.tag([parameter.grad], "gradients")
-                optimizer.step()
-                memory.tag(state_tensors(optimizer.state), "optimiser")
-        return MemoryUse(memory.largest, memory.peak)
+                with _saved(memory):
+                    loss = self._forward(twin, inputs)
+                phases.append((memory.peak, memory.largest))
+                memory.reset()
+                with _tagging(trained, memory):
+                    loss.backward()  # type: ignore[no-untyped-call]
+                del loss
+                phases.append((memory.peak, memory.largest))
+            for parameter in trained if twin is None else ():
+                parameter.grad = torch.empty_like(parameter)
+                memory.tag([parameter.grad], "gradients")
+            optimizer.step()
+            memory.tag(state_tensors(optimizer.state), "optimiser")
+            memory.reset()
+            optimizer.step()
+            phases.append((memory.peak, memory.largest))
+        # From the second step on, states are there all the time, and the last gradients in the forward pass.
+        states, gradients = memory.live["optimiser"] - before, memory.live["gradients"]
+        for number, (peak, _) in enumerate(phases[:-1]):
+            peak["optimiser"] += states
+            peak["gradients"] += gradients if number == 0 else 0
+        largest = {part: max(most[part] for _, most in phases) for part in PARTS}
+        return MemoryUse(largest, max((peak for peak, _ in phases), key=lambda peak: sum(peak.values())))
 
     def fitted(self, batch: Any) -> MemoryUse:
         """Activations from small forward passes with data, all else from the optimiser's step without."""
@@ -180,7 +192,7 @@ class _Run:
         empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
         return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
-    def _on(self, fakes: FakeTensorMode, tensor: Tensor) -> Tensor:
+    def _on(self, fakes: FakeTensorMode, tensor: Tensor) -> Any:
         with fakes:
             return self._fake(tensor)
 

@@ -63,18 +63,17 @@ def bytes_of(tensors: Any) -> int:
     return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
-@each_kind
 @pytest.mark.parametrize(
-    "make",
+    ("kind", "make", "frozen"),
     [
-        torch.optim.AdamW,
-        partial(torch.optim.AdamW, fused=True),
-        partial(torch.optim.SGD, lr=0.1),
-        partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        torch.optim.Adafactor,
+        *((kind, torch.optim.AdamW, kind in ("bert", "llama")) for kind in KINDS),
+        ("gpt2", torch.optim.AdamW, True),
+        ("gpt2", partial(torch.optim.AdamW, fused=True), False),
+        ("gpt2", partial(torch.optim.SGD, lr=0.1), False),
+        ("gpt2", partial(torch.optim.SGD, lr=0.1, momentum=0.9), True),
+        ("gpt2", torch.optim.Adafactor, False),
     ],
 )
-@pytest.mark.parametrize("frozen", [False, True])
 def test_weights_gradients_and_optimiser_are_exact(kind: str, make: Any, frozen: bool) -> None:
     """Also where a part is frozen, and where weights are tied."""
     model = KINDS[kind]().train()
@@ -97,7 +96,7 @@ def test_weights_gradients_and_optimiser_are_exact(kind: str, make: Any, frozen:
 
 
 @each_kind
-@pytest.mark.parametrize(("rows", "length"), [(4, 24), (2, 9), (8, 30)])
+@pytest.mark.parametrize(("rows", "length"), [(4, 24), (2, 9)])
 def test_activations_are_those_that_autograd_keeps(kind: str, rows: int, length: int) -> None:
     """To 5 %: a copy without data keeps masks and flags that a value could have told to be needless."""
     model = KINDS[kind]().train()
@@ -123,8 +122,9 @@ def test_the_peak_is_that_of_a_real_step(kind: str) -> None:
     assert use.total == pytest.approx(sum(memory.peak.values()), rel=0.05)
 
 
-@each_kind
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("bert", "16-mixed"), *((kind, "bf16-mixed") for kind in ("gpt2", "llama", "t5"))]
+)
 def test_activations_under_autocast(kind: str, precision: Any) -> None:
     model, inputs = KINDS[kind]().train(), batch(kind)
     dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
