@@ -64,10 +64,10 @@ def predict_memory_use(
 
     A copy of the module, in which each weight is a shape, a type and a device, runs forward, backward and the
     optimiser's step. All storages are counted while they live. What is told is the second step, in which the optimiser
-    has its states, and, in Lightning's order, the last gradients are freed after the forward pass. Nothing is allocated, and the
-    module and the random generators are not touched. What is saved for backward is *activations*; what else comes and
-    goes is *workspace*: temporaries, gradients of activations. Not in it: what an allocator rounds up and what lies
-    unused between its blocks, libraries' own buffers, DDP's buckets (as much as the gradients once more).
+    has its states, and, in Lightning's order, the last gradients are freed after the forward pass. Nothing is
+    allocated, and the module and the random generators are not touched. What is saved for backward is *activations*;
+    what else comes and goes is *workspace*: temporaries, gradients of activations. Not in it: what an allocator rounds
+    up and what lies unused between its blocks, libraries' own buffers, DDP's buckets (as much as the gradients again).
 
     Where a step cannot be taken without data (a value decides a shape), activations are fitted to small forward passes
     of the copy with data instead, see :func:`~lightning_ft.functional.activation_fit.fit_activations`.
