@@ -87,9 +87,11 @@ def test_a_cache_of_keys_and_values_is_left_out(name: str) -> None:
     with checkpointed(model):
         for name, gradient in gradients(model, use_cache=True).items():
             torch.testing.assert_close(gradient, plain[name], rtol=1e-4, atol=1e-7)
+        trained = model(input_ids=IDS, use_cache=True).past_key_values
         model.eval()
         with torch.no_grad():
             generated = model(input_ids=IDS, use_cache=True).past_key_values
+    assert trained is None or trained.get_seq_length() == 0
     assert generated.get_seq_length() == IDS.shape[1]
 
 

@@ -127,6 +127,25 @@ def test_measures_alone_and_at_the_end_of_a_short_run() -> None:
     assert "not predicted" not in callback.report.facts
 
 
+def test_passes_that_follow_each_other_do_not_add_up() -> None:
+    class Passes(Filtered):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.automatic_optimization, self.count = False, count
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().zero_grad()
+            for _ in range(self.count):
+                self.manual_backward(self.loss(batch))
+            self.optimizers().step()
+
+    kept = []
+    for count in (1, 3):
+        FILTERED.fit(callback := MemoryReport(), module=Passes(count))
+        kept.append(rows(callback)["activations"]["measured"])
+    assert kept[0] == kept[1]
+
+
 def test_leaves_nothing_after_an_exception_and_measures_anew() -> None:
     callback = MemoryReport()
     with pytest.raises(Killed):

@@ -232,7 +232,21 @@ def test_a_module_that_logs_reads_its_loss_and_keeps_a_metric_is_not_touched() -
     predict_memory_use(module, [torch.zeros(4, 5).long(), torch.zeros(4).long()])
     assert type(module.seen) is Tensor
     assert module.seen == 0
-    assert Tensor.__deepcopy__ is copy.deepcopy(Tensor).__deepcopy__
+
+
+def test_tensors_that_are_no_weights_are_copied_without_data() -> None:
+    """As W⁰ of a callback, which a hook holds: a second copy of it might not fit."""
+    net = nn.Linear(2, 2)
+    net.hold = [torch.ones(3)]  # type: ignore[assignment]
+    kinds: list[str] = []
+
+    def step(net: Any, x: Tensor) -> Tensor:
+        kinds.append(type(net.hold[0]).__name__)
+        return (net(x) * net.hold[0].sum()).sum()
+
+    predict_memory_use(net, torch.ones(1, 2), step=step)
+    assert kinds == ["FakeTensor"]
+    assert type(net.hold[0]) is Tensor
 
 
 def test_switches_are_predictions_of_their_own() -> None:
