@@ -26,9 +26,9 @@ class MemoryReport(Callback):
     """Predict the peak of memory by part on the first batch, speak up if it is not there, and measure it.
 
     The prediction runs in ``on_train_batch_start`` of the first batch, without allocating anything; see
-    :func:`~lightning_ft.functional.memory.predict_memory_use`. If more is needed than is there, a warning (or an error)
-    names the biggest part, and how much checkpointed blocks, a halved batch, bf16 or an 8-bit optimiser would save. In
-    the next optimiser steps the parts are measured: weights, gradients and optimiser states by their storages,
+    :func:`~lightning_ft.functional.memory_use.predict_memory_use`. If more is needed than is there, a warning (or an
+    error) names the biggest part, and how much checkpointed blocks, a halved batch, bf16 or an 8-bit optimiser would
+    save. In the next optimiser steps the parts are measured: weights, gradients and optimiser states by their storages,
     activations by what autograd saves, the peak by the accelerator's allocator, or by the resident set of the process
     on a CPU, where the system tells it. The table of both is printed when the fit ends, and logged where it is measured
     (``memory/peak_gib``). Batches differ in size: those after the first are not predicted. Of DDP's buckets, as large

@@ -15,7 +15,8 @@ from lightning_ft.functional.activation_checkpointing import chosen_blocks
 from lightning_ft.functional.activation_fit import fit_activations
 from lightning_ft.functional.batch_shapes import cut_batch
 from lightning_ft.functional.live_memory import LiveMemory, state_tensors, storage_bytes
-from lightning_ft.functional.memory import EIGHT_BIT, MemoryUse, _Run, predict_memory, predict_memory_use
+from lightning_ft.functional.memory import EIGHT_BIT, predict_memory
+from lightning_ft.functional.memory_use import MemoryUse, _Run, predict_memory_use
 from tests.strangers import FILTERED, STRANGERS, Filtered, identical, weights
 from tests.tiny import BERT, GPT2, LLAMA, SEQ2SEQ, T5, tiny
 
