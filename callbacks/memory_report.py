@@ -31,7 +31,8 @@ class MemoryReport(Callback):
     save. In the next optimiser steps the parts are measured: weights, gradients and optimiser states by their storages,
     activations by what autograd saves, the peak by the accelerator's allocator, or by the resident set of the process
     on a CPU, where the system tells it. The table of both is printed when the fit ends, and logged where it is measured
-    (``memory/peak_gib``). Batches differ in size: those after the first are not predicted. Of DDP's buckets, as large
+    (``memory/peak_gib``). A resident set is rough: it holds what the allocator keeps of freed memory, and does not grow
+    where that is used again. Batches after the first may be larger, and are not predicted. Of DDP's buckets, as large
     as the gradients, nothing is known before.
 
     Args:
