@@ -171,9 +171,14 @@ def _relative(rate: Any, group: dict[str, Any]) -> Any:
 
 
 def pending_scale(trainer: Trainer, optimizer: Optimizer) -> Tensor | None:
-    """The fp16 loss scale, where the gradients still carry it: fused optimisers unscale inside ``step()``."""
+    """The fp16 loss scale, where the gradients still carry it: fused optimisers unscale inside ``step()``.
+
+    Not under our own ``FP16``, which unscales all gradients alike.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is None or getattr(trainer.precision_plugin, "unscales_fused", False):
+        return None
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
         return None
     device = optimizer.param_groups[0]["params"][0].device
     scale: Tensor = scaler.scale(torch.ones((), device=device))
