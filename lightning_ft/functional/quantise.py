@@ -145,7 +145,9 @@ def _choose(
         if isinstance(child, QuantisedLinear) or child in foreign:
             continue
         if hasattr(weight, "full_tensor"):
-            raise ValueError(f"{path} is sharded (FSDP2), and packed weights cannot be: quantise under DDP or one device")
+            raise ValueError(
+                f"{path} is sharded (FSDP2), and packed weights cannot be: quantise under DDP or one device"
+            )
         if isinstance(weight, nn.Parameter) and weight in _group(groups, "head"):
             continue
         reason = _unfit(child, form)

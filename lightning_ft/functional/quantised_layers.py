@@ -39,7 +39,9 @@ class QuantisedLinear(nn.Linear):
         weight = layer.weight
         assert isinstance(weight, Tensor)
         # Hooks, mode and whatever a project or another method has noted on the layer.
-        vars(self).update({name: value for name, value in vars(layer).items() if name not in ("_parameters", "forward")})
+        vars(self).update(
+            {name: value for name, value in vars(layer).items() if name not in ("_parameters", "forward")}
+        )
         self.transposed = is_conv1d(layer)
         self.replaced = type(layer)
         matrix = weight.t() if self.transposed else weight
@@ -121,7 +123,9 @@ class QuantisedLinear(nn.Linear):
             if weight.shape == shape:
                 self.take(weight)
             else:
-                errors.append(f"size mismatch for {key}: {tuple(weight.shape)} in the file, {tuple(shape)} in the module")
+                errors.append(
+                    f"size mismatch for {key}: {tuple(weight.shape)} in the file, {tuple(shape)} in the module"
+                )
             state_dict = {**state_dict, key: self.weight.data}
         super()._load_from_state_dict(state_dict, prefix, metadata, *others)
 

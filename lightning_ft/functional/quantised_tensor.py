@@ -75,7 +75,10 @@ class Format:
         if self.kind == "int8":
             weight = weight.float()
             absmax = weight.abs().amax(1)
-            return {"codes": (weight * (127 / absmax.clamp_min(1e-38))[:, None]).round_().to(torch.int8), "absmax": absmax}
+            return {
+                "codes": (weight * (127 / absmax.clamp_min(1e-38))[:, None]).round_().to(torch.int8),
+                "absmax": absmax,
+            }
         functional = import_bitsandbytes().functional
         codes, state = functional.quantize_4bit(
             weight, blocksize=self.block_size, compress_statistics=self.double, quant_type=self.kind
