@@ -51,8 +51,8 @@ class QuantisedPrecision(Precision):
         name = precision.precision if isinstance(precision, Precision) else precision
         if name not in get_args(Compute):
             raise ValueError(
-                f"precision={name!r} must be one of {', '.join(get_args(Compute))}, or a plugin of one of these: what trains "
-                "beside the packed weights needs fp32 weights"
+                f"precision={name!r} must be one of {', '.join(get_args(Compute))}, or a plugin of one of these: what "
+                "trains beside the packed weights is kept in fp32"
             )
         self.precision: Any = name
         self.form = form
@@ -86,8 +86,8 @@ class QuantisedPrecision(Precision):
         strategy = next((k.__name__ for k in type(trainer.strategy).__mro__ if k.__name__ in _SHARDED), None)
         if strategy is not None:
             raise ValueError(
-                f"{type(self).__name__} does not run under {strategy}, which shards float parameters: packed weights are "
-                "whole on each device. Use DDP or one device"
+                f"{type(self).__name__} does not run under {strategy}, which shards float parameters: packed weights "
+                "are whole on each device. Use DDP or one device"
             )
         if self.precision != "32-true" and not self._given:
             self._inner = MixedPrecision(self.precision, trainer.strategy.root_device.type)
@@ -95,8 +95,8 @@ class QuantisedPrecision(Precision):
         self.quantise(module)
         if trainer.training and not any(p.requires_grad for p in module.parameters()):
             raise ValueError(
-                f"nothing trains: {type(self).__name__} froze all that {type(module).__name__} trained, as packed weights "
-                "take no gradient. Add adapters (LoRA), or leave a head or biases trainable"
+                f"nothing trains: {type(self).__name__} froze all that {type(module).__name__} trained, as packed "
+                "weights take no gradient. Add adapters (LoRA), or leave a head or biases trainable"
             )
         return self._inner.convert_module(module)
 

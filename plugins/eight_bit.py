@@ -17,8 +17,8 @@ from lightning_ft.plugins._quantised_precision import Compute, QuantisedPrecisio
 class EightBit(QuantisedPrecision):
     """Keep the linear layers of the frozen backbone in eight bits and multiply in them: LLM.int8.
 
-    y = x Wᵀ with x and W rounded to int8, each row over its largest magnitude; features of x in which some value reaches
-    the threshold are multiplied apart, in the precision of x. The gradient is that of x Ŵᵀ. All else is as in
+    y = x Wᵀ with x and W rounded to int8, each row over its largest magnitude; features of x in which some value
+    reaches the threshold are multiplied apart, in the precision of x. The gradient is that of x Ŵᵀ. All else is as in
     :class:`~lightning_ft.plugins.FourBit`; errors are some twenty times smaller, the memory twice as large.
 
     Args:
@@ -36,7 +36,8 @@ class EightBit(QuantisedPrecision):
         >>> trainer = Trainer(plugins=[EightBit(skip="query$")], accelerator="cpu", logger=False)
 
     Reference:
-        Dettmers, Lewis, Belkada and Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale".
+        Dettmers, Lewis, Belkada and Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+        Scale".
     """
 
     def __init__(

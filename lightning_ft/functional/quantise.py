@@ -7,7 +7,6 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ft.core.fresh import fresh_parameters
@@ -28,11 +27,12 @@ def quantise(
 ) -> Report:
     """Replace, in place, the linear layers of the backbone by :class:`QuantisedLinear`, whose weights never train.
 
-    Quantised are ``nn.Linear`` and transformers' ``Conv1D`` outside the head, also those below adapters of peft. Left alone
-    are the adapters; layers whose weight an embedding shares; layers drawn anew (LayerReinit); where some of the backbone's
-    layers are frozen and others train, those that train; and what cannot be quantised: subclasses with a ``forward`` of their
-    own, the layers of ``nn.MultiheadAttention``, which reads their weights itself, an odd number of inputs in 4 bits. The
-    report names these. Weights that trained until now are frozen, and the report says how many.
+    Quantised are ``nn.Linear`` and transformers' ``Conv1D`` outside the head, also those below adapters of peft. Left
+    alone are the adapters; layers whose weight an embedding shares; layers drawn anew (LayerReinit); where some of the
+    backbone's layers are frozen and others train, those that train; and what cannot be quantised: subclasses with a
+    ``forward`` of their own, the layers of ``nn.MultiheadAttention``, which reads their weights itself, an odd number
+    of inputs in 4 bits. The report names these. Weights that trained until now are frozen, and the report says how
+    many.
 
     Args:
         module: Built, with its pretrained weights, neither wrapped nor sharded.
@@ -56,8 +56,8 @@ def quantise(
         1 8.5 Linear(in_features=64, out_features=2, bias=True)
 
     Reference:
-        Dettmers, Lewis, Belkada and Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale";
-        Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
+        Dettmers, Lewis, Belkada and Zettlemoyer 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+        Scale"; Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
     """
     groups = (layers or Layers()).of(module)
     chosen, left = _choose(module, form, [skip] if isinstance(skip, str) else list(skip), groups)
@@ -163,7 +163,7 @@ def _choose(
             left[path] = reason
         else:
             chosen[path] = child
-    frozen = {path: child for path, child in chosen.items() if not child.weight.requires_grad}  # type: ignore[union-attr]
+    frozen = {path: child for path, child in chosen.items() if not child.weight.requires_grad}
     left |= {path: "it trains, and others do not" for path in chosen if frozen and path not in frozen}
     return frozen or chosen, left
 
@@ -185,7 +185,7 @@ def _unfit(layer: nn.Module, form: Format) -> str:
 
 
 def _not_the_base(module: nn.Module) -> Iterator[nn.Module]:
-    """What lies in layers of peft beside the base layer: adapters, also those that are switched off, and copied heads."""
+    """What lies in layers of peft beside the base layer: adapters, even if switched off, and copied heads."""
     tuners = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
     wrappers = getattr(sys.modules.get("peft.utils.other"), "AuxiliaryTrainingWrapper", ())
     for child in module.modules():
@@ -208,7 +208,7 @@ def _replace(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def _read_no_weights(module: nn.Module) -> None:
     """``nn.TransformerEncoderLayer`` reads the weights of its layers in eval mode, unless its activation is unknown."""
     for child in module.modules():
-        if isinstance(child, nn.TransformerEncoderLayer) and isinstance(child.linear1, QuantisedLinear):
+        if isinstance(child, nn.TransformerEncoderLayer) and quantised_layers(child):
             child.activation_relu_or_gelu = 0
 
 

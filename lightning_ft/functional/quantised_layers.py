@@ -21,12 +21,12 @@ def is_conv1d(module: nn.Module) -> bool:
 class QuantisedLinear(nn.Linear):
     """y = x Ŵᵀ + b with Ŵ packed as a :class:`Format` says; gradients flow to x and b, never to the weight.
 
-    Under autocast it computes in autocast's dtype, otherwise in that of its input: where ``nn.Linear`` would. ``weight``
-    holds the codes, as int8 in either case (transformers' T5 casts activations to the dtype of a weight unless it is that);
-    scales move with it and keep their fp32. The bias stays the float parameter that it was.
+    Under autocast it computes in autocast's dtype, otherwise in that of its input: where ``nn.Linear`` would.
+    ``weight`` holds the codes, as int8 in either case (transformers' T5 casts activations to the dtype of a weight
+    unless it is that); scales move with it and keep their fp32. The bias stays the float parameter that it was.
 
-    In state dicts ``weight`` is one :class:`QuantisedTensor` of the float weight's shape. Loading takes the bits of such a
-    tensor in the same format, and quantises what else it finds.
+    In state dicts ``weight`` is one :class:`QuantisedTensor` of the float weight's shape. Loading takes the bits of
+    such a tensor in the same format, and quantises what else it finds.
 
     Args:
         layer: The ``nn.Linear``, or transformers' ``Conv1D``, whose place it takes, with its bias, mode and hooks.
@@ -98,7 +98,8 @@ class QuantisedLinear(nn.Linear):
     def _product(self, input: Tensor) -> Tensor:
         product: Tensor
         if self.form.kind == "int8":
-            product = _Int8Product.apply(input, self.weight, self.scales["absmax"], self.threshold)  # type: ignore[no-untyped-call]
+            absmax = self.scales["absmax"]
+            product = _Int8Product.apply(input, self.weight, absmax, self.threshold)  # type: ignore[no-untyped-call]
             return product
         parts = self.parts()
         state = self.form.state(parts, torch.Size((self.out_features, self.in_features)), input.dtype)
@@ -106,7 +107,7 @@ class QuantisedLinear(nn.Linear):
         return product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = {name: part.to(self.weight.device) for name, part in self.scales.items()}
         return self
 

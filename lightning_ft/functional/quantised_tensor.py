@@ -37,8 +37,9 @@ class Format:
     """How weights are packed.
 
     ``nf4`` and ``fp4``: w ≈ absmax_b · code[c], c of 4 bits, one absmax in fp32 for each block b of ``block_size``
-    weights: 4 + 32/64 = 4.5 bits a weight. ``double`` keeps the absmax values, less their mean, in 8 bits, one fp32 scale for
-    256 of them: 4 + 8/64 + 32/(64·256) = 4.127. nf4's codes are quantiles of a normal distribution, fp4's a tiny float.
+    weights: 4 + 32/64 = 4.5 bits a weight. ``double`` keeps the absmax values, less their mean, in 8 bits, one fp32
+    scale for 256 of them: 4 + 8/64 + 32/(64·256) = 4.127. nf4's codes are quantiles of a normal distribution, fp4's a
+    tiny float.
     ``int8``: w ≈ absmax_r · c/127, one absmax in fp32 a row: 8 + 32/in bits.
 
     Args:
@@ -139,8 +140,8 @@ class QuantisedTensor(Tensor):
     """Stands in state dicts for the float weight that a quantised layer came from: of its shape and dtype, packed.
 
     So names of a state dict, and what ``strict`` loading compares, are those of the model before quantisation. Copied
-    into a float parameter, and in any other operation, it gives the dequantised values; a quantised layer takes the bits.
-    Checkpoints with it are read with ``weights_only=True`` by programs that imported this module.
+    into a float parameter, and in any other operation, it gives the dequantised values; a quantised layer takes the
+    bits. Checkpoints with it are read with ``weights_only=True`` by programs that imported this module.
 
     Args:
         parts: See :meth:`Format.pack`.
@@ -153,7 +154,7 @@ class QuantisedTensor(Tensor):
     settings: dict[str, Any]
 
     @staticmethod
-    def __new__(cls, parts: Parts, form: Format, dtype: torch.dtype, *, transposed: bool = False) -> QuantisedTensor:
+    def __new__(cls, parts: Parts, form: Format, dtype: torch.dtype, *, transposed: bool = False) -> QuantisedTensor:  # noqa: D102
         codes = parts["codes"]
         rows, columns = codes.shape[0], codes.shape[1] * (1 if form.kind == "int8" else 2)
         shape = (columns, rows) if transposed else (rows, columns)
@@ -175,11 +176,15 @@ class QuantisedTensor(Tensor):
         weight = self.form.unpack(self.parts, self.dtype)
         return weight.t() if self.settings["transposed"] else weight
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Not torch's own way for such tensors, which a loader with a callable map_location (Lightning's) refuses.
+        return _rebuild, (dict(self.parts), dict(self.settings), self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantisedTensor({tuple(self.shape)}, {self.dtype}, {self.settings['kind']})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -193,4 +198,9 @@ class QuantisedTensor(Tensor):
         return func(*plain[0], **plain[1])
 
 
-torch.serialization.add_safe_globals([QuantisedTensor])  # the format is data: it runs nothing when it is read
+def _rebuild(parts: Parts, settings: dict[str, Any], dtype: torch.dtype) -> QuantisedTensor:
+    form = {name: value for name, value in settings.items() if name != "transposed"}
+    return QuantisedTensor(parts, Format(**form), dtype, transposed=settings["transposed"])
+
+
+torch.serialization.add_safe_globals([_rebuild])  # it checks and stores: a file cannot make it run anything

@@ -167,7 +167,7 @@ def test_layer_moves_copies_and_keeps_the_precision_of_its_scales() -> None:
     x = torch.randn(2, 256, dtype=torch.float16)
     assert halved(x).dtype == torch.float16
     torch.testing.assert_close(halved(x).float(), layer(x.float()), rtol=0, atol=1e-2)
-    assert list(layer.to("meta").scales.values())[0].is_meta
+    assert next(iter(layer.to("meta").scales.values())).is_meta
 
 
 # ---- state dicts
@@ -408,8 +408,8 @@ def test_bad_formats(arguments: Any, message: str) -> None:
 def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(ValueError, match=r"skip='lm_hed' matches no linear layer; there are: bert\.encoder"):
         quantise(tiny("bert"), NF4, skip=["dense", "lm_hed"])
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
     with pytest.raises(ValueError, match=r"nothing to quantise in ModuleDict: body: skip="):
-        model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
         quantise(model, NF4, skip="body", layers=Layers(groups={"body": "^body", "head": "^head"}))
     with pytest.raises(ValueError, match="nothing to quantise in Embedding: it has no linear layer"):
         quantise(nn.Embedding(4, 4), NF4, layers=Layers(groups={"body": "."}))
