@@ -15,12 +15,14 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.alterations import PART, check_alterations, restore
 from lightning_ft.functional.learning_rates import decay_groups, slanted_triangular, warmup_then
 from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.modules.checkpoint import (
     KEY,
     Architecture,
     load_model,
+    local_weights,
     pack,
     pack_tokenizer,
     plain,
@@ -297,8 +299,19 @@ class TransformerModule(LightningModule):
     def _tokenizer_files(self) -> dict[str, Tensor]:
         return pack_tokenizer(self.tokenizer)
 
+    @property
+    def base_weights(self) -> str | None:
+        """The folder that holds the pretrained weights in safetensors, if there is one.
+
+        A checkpoint of a model of which only a part trains leaves out what lies there.
+        """
+        if isinstance(self._source, Architecture):
+            return None if self._source.weights is None else os.fspath(self._source.weights)
+        return local_weights(self._source)
+
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_alterations(self, checkpoint)
         if KEY not in checkpoint:
             return
         stored, now = json.loads(checkpoint[KEY]["config"]), self.model.config
@@ -328,8 +341,8 @@ class TransformerModule(LightningModule):
         stored = checkpoint[KEY]
         if stored["class"] != cls.__name__:
             raise ValueError(f"{checkpoint_path} holds a {stored['class']}, not a {cls.__name__}")
-        module = cls(unpack(stored), **stored["arguments"])
-        module.load_state_dict(checkpoint["state_dict"])
+        module = cls(unpack(stored, checkpoint.get(PART, {}).get("base")), **stored["arguments"])
+        restore(module, checkpoint, source=str(checkpoint_path))
         module.from_checkpoint = True
         return module.to(map_location)
 

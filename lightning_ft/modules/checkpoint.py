@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,13 @@ KEY = "lightning_ft"
 
 
 class Architecture:
-    """A model without pretrained weights: a configuration, and the tokenizer that goes with it.
+    """A model by its configuration, mostly without pretrained weights, and the tokenizer that goes with it.
 
     Args:
-        config: The model's configuration; its weights are drawn at random.
+        config: The model's configuration.
         tokenizer: What turns text into its inputs; needed only to save and to export.
         generation: The settings of its ``generate``; by default those that the configuration gives.
+        weights: A pretrained folder with safetensors, whose weights take the place of random ones.
     """
 
     def __init__(
@@ -36,10 +38,12 @@ class Architecture:
         config: PretrainedConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
         generation: Mapping[str, Any] | None = None,
+        weights: str | os.PathLike[str] | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.generation = generation
+        self.weights = weights
 
 
 def pack(
@@ -68,14 +72,25 @@ def pack_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, torch
         return {name: torch.frombuffer(data, dtype=torch.uint8) for name, data in contents.items() if data}
 
 
-def unpack(stored: Mapping[str, Any]) -> Architecture:
+def unpack(stored: Mapping[str, Any], weights: str | None = None) -> Architecture:
     """The architecture that :func:`pack` stored.
 
+    Args:
+        stored: What it returned.
+        weights: The pretrained folder over which a checkpoint was trained that lacks its base.
+
     Raises:
+        FileNotFoundError: That folder is not there.
         ValueError: A tokenizer file would be written outside its folder, or the model is not one of transformers'.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if weights is not None and not Path(weights).is_dir():
+        raise FileNotFoundError(
+            f"the checkpoint keeps only what was trained over the weights in {weights}, which is not there any more: "
+            "build the module with pretrained=... where they are now, and call "
+            "lightning_ft.functional.load_altered(module, checkpoint)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(stored["config"], encoding="utf-8")
         root = Path(folder).resolve()
@@ -89,7 +104,7 @@ def unpack(stored: Mapping[str, Any]) -> Architecture:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if stored["tokenizer"] else None
     generation = json.loads(stored.get("generation") or "null")
     try:
-        return Architecture(AutoConfig.for_model(**config), tokenizer, generation)
+        return Architecture(AutoConfig.for_model(**config), tokenizer, generation, weights)
     except ValueError as error:
         raise ValueError(
             f"the checkpoint's model type {config.get('model_type')!r} is not one of transformers', so a checkpoint "
@@ -139,7 +154,18 @@ def load_model(
         config = copy.deepcopy(pretrained.config)
         for name, value in config_updates.items():
             setattr(config, name, value)
-        model: PreTrainedModel = model_class.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = (
+            model_class.from_config(config, dtype=torch.float32)
+            if pretrained.weights is None
+            else model_class.from_pretrained(
+                pretrained.weights,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+            )
+        )
         if pretrained.generation is not None and model.can_generate():
             model.generation_config = GenerationConfig.from_dict(dict(pretrained.generation))
         return model
@@ -170,6 +196,20 @@ def load_model(
             stacklevel=2,
         )
     return model
+
+
+def local_weights(pretrained: str | os.PathLike[str]) -> str | None:
+    """The folder of a pretrained model's safetensors on this machine; None where there are none."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+    if Path(pretrained).is_dir():
+        files = (Path(pretrained) / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+        return str(Path(pretrained).absolute()) if any(file.is_file() for file in files) else None
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        with suppress(OSError):
+            if (found := cached_file(os.fspath(pretrained), name, local_files_only=True)) is not None:
+                return str(Path(found).parent)
+    return None
 
 
 def plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from typing_extensions import override
 
+from lightning_ft.functional.alterations import restore
 from lightning_ft.functional.likelihood import Likelihood
 from lightning_ft.modules.base import Batch, Schedule, TransformerModule, reset
 from lightning_ft.modules.checkpoint import KEY, Architecture, pack, read_checkpoint, unpack
@@ -275,7 +276,7 @@ class MultiTask(TransformerModule):
             for task, each in stored["heads"].items()
         }
         module = cls(heads, **stored["arguments"])
-        module.load_state_dict(checkpoint["state_dict"])
+        restore(module, checkpoint, source=str(checkpoint_path))
         return module.to(map_location)
 
     @override
