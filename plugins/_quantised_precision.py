@@ -29,7 +29,7 @@ class QuantisedPrecision(Precision):
     Args:
         form: How to pack.
         threshold: Of LLM.int8.
-        precision: Of all that is not packed, or the plugin that decides on it.
+        compute: Precision of all that is not packed, or the plugin that decides on it.
         skip: Regular expressions on the paths of layers to leave alone.
         layers: Where the head is.
 
@@ -43,15 +43,15 @@ class QuantisedPrecision(Precision):
         form: Format,
         *,
         threshold: float,
-        precision: Compute | Precision,
+        compute: Compute | Precision,
         skip: str | Sequence[str],
         layers: Layers | None,
     ) -> None:
         import_bitsandbytes()
-        name = precision.precision if isinstance(precision, Precision) else precision
+        name = compute.precision if isinstance(compute, Precision) else compute
         if name not in get_args(Compute):
             raise ValueError(
-                f"precision={name!r} must be one of {', '.join(get_args(Compute))}, or a plugin of one of these: what "
+                f"compute={name!r} must be one of {', '.join(get_args(Compute))}, or a plugin of one of these: what "
                 "trains beside the packed weights is kept in fp32"
             )
         self.precision: Any = name
@@ -61,8 +61,8 @@ class QuantisedPrecision(Precision):
         self.layers = layers
         self.report: Report | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None
-        self._inner = precision if isinstance(precision, Precision) else Precision()
-        self._given = isinstance(precision, Precision)
+        self._inner = compute if isinstance(compute, Precision) else Precision()
+        self._given = isinstance(compute, Precision)
 
     def quantise(self, module: nn.Module) -> Report:
         """Quantise a built module in place, if that was not done yet. Callbacks that change the model call this first.

@@ -23,7 +23,7 @@ class EightBit(QuantisedPrecision):
 
     Args:
         threshold: The paper's 6; 0: none is multiplied apart.
-        precision: Of all else, see :class:`~lightning_ft.plugins.FourBit`.
+        compute: Of all else, see :class:`~lightning_ft.plugins.FourBit`.
         skip: Regular expressions (``re.search``) on paths of layers to leave alone.
         layers: Where the head is, if it is not found by itself.
 
@@ -44,10 +44,10 @@ class EightBit(QuantisedPrecision):
         self,
         threshold: float = 6.0,
         *,
-        precision: Compute | Precision = "32-true",
+        compute: Compute | Precision = "32-true",
         skip: str | Sequence[str] = (),
         layers: Layers | None = None,
     ) -> None:
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold={threshold!r} must be 0 or more, and finite: 6 in the paper")
-        super().__init__(Format("int8"), threshold=float(threshold), precision=precision, skip=skip, layers=layers)
+        super().__init__(Format("int8"), threshold=float(threshold), compute=compute, skip=skip, layers=layers)

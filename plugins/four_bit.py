@@ -35,7 +35,7 @@ class FourBit(QuantisedPrecision):
         kind: ``"nf4"``, codes at the quantiles of a normal distribution; ``"fp4"``, a float of four bits.
         double: Quantise the scales, too.
         block_size: Weights that share a scale; the paper's 64.
-        precision: Of all else: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, as the Trainer's argument, which this
+        compute: Of all else: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, as the Trainer's argument, which this
         takes the place
             of; or a precision plugin of these, such as ``MixedPrecision`` with a scaler of its own.
         skip: Regular expressions (``re.search``) on paths of layers to leave alone.
@@ -48,7 +48,7 @@ class FourBit(QuantisedPrecision):
 
     Example:
         >>> from lightning.pytorch import Trainer
-        >>> trainer = Trainer(plugins=[FourBit(precision="bf16-mixed")], accelerator="cpu", logger=False)
+        >>> trainer = Trainer(plugins=[FourBit(compute="bf16-mixed")], accelerator="cpu", logger=False)
 
     Reference:
         Dettmers, Pagnoni, Holtzman and Zettlemoyer 2023, "QLoRA: Efficient Finetuning of Quantized LLMs".
@@ -60,11 +60,11 @@ class FourBit(QuantisedPrecision):
         double: bool = True,
         *,
         block_size: int = 64,
-        precision: Compute | Precision = "32-true",
+        compute: Compute | Precision = "32-true",
         skip: str | Sequence[str] = (),
         layers: Layers | None = None,
     ) -> None:
         if kind not in ("nf4", "fp4"):
             raise ValueError(f'kind={kind!r} must be "nf4" or "fp4"; for 8 bits take EightBit')
         form = Format(kind, block_size, double)
-        super().__init__(form, threshold=0.0, precision=precision, skip=skip, layers=layers)
+        super().__init__(form, threshold=0.0, compute=compute, skip=skip, layers=layers)

@@ -30,10 +30,10 @@ OURS = [stranger for stranger in STRANGERS if stranger.name != "legacy"]
 PLUGINS: dict[str, Any] = {
     "nf4": FourBit,
     "fp4-plain": lambda: FourBit("fp4", False, block_size=32),
-    "nf4-bf16": lambda: FourBit(precision="bf16-mixed"),
-    "nf4-fp16": lambda: FourBit(precision="16-mixed"),
+    "nf4-bf16": lambda: FourBit(compute="bf16-mixed"),
+    "nf4-fp16": lambda: FourBit(compute="16-mixed"),
     "int8": EightBit,
-    "int8-fp16": lambda: EightBit(0.0, precision=fp16()),
+    "int8-fp16": lambda: EightBit(0.0, compute=fp16()),
 }
 
 each_plugin = pytest.mark.parametrize("make", PLUGINS.values(), ids=PLUGINS)
@@ -148,10 +148,10 @@ def test_resumes_exactly(make: Any, name: str, epoch: int, batch: int, tmp_path:
 
 
 def test_scale_of_fp16_is_restored(tmp_path: Path) -> None:
-    trainer = STILL.fit(plugins=[EightBit(precision=fp16())], max_epochs=1)
+    trainer = STILL.fit(plugins=[EightBit(compute=fp16())], max_epochs=1)
     assert trainer.scaler.get_scale() == 1024.0  # doubled after each third of six steps
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    resumed = STILL.fit(plugins=[EightBit(precision=fp16())], max_epochs=1, ckpt_path=tmp_path / "a.ckpt")
+    resumed = STILL.fit(plugins=[EightBit(compute=fp16())], max_epochs=1, ckpt_path=tmp_path / "a.ckpt")
     assert resumed.scaler.get_scale() == 1024.0
 
 
@@ -357,8 +357,8 @@ def test_strategies_that_shard_are_refused() -> None:
     [
         (lambda: FourBit("int8"), r'kind=\'int8\' must be "nf4" or "fp4"; for 8 bits take EightBit'),
         (lambda: FourBit(block_size=1), r"block_size=1 must be one of"),
-        (lambda: FourBit(precision="bf16-true"), r"precision='bf16-true' must be one of 32-true, bf16-mixed, 16-mixed"),
-        (lambda: EightBit(precision=HalfPrecision()), r"precision='16-true' must be one of"),
+        (lambda: FourBit(compute="bf16-true"), r"compute='bf16-true' must be one of 32-true, bf16-mixed, 16-mixed"),
+        (lambda: EightBit(compute=HalfPrecision()), r"compute='16-true' must be one of"),
         (lambda: EightBit(-1.0), r"threshold=-1.0 must be 0 or more"),
         (lambda: EightBit(float("nan")), r"threshold=nan must be 0 or more"),
     ],
@@ -368,6 +368,7 @@ def test_bad_arguments(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.filterwarnings("ignore")  # LightningCLI's own use of jsonargparse
 def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fit"])
     config = tmp_path / "config.yaml"
@@ -378,7 +379,7 @@ def test_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
           accelerator: cpu
           plugins:
             - class_path: lightning_ft.plugins.four_bit.FourBit
-              init_args: {kind: fp4, double: false, skip: [query, key], precision: bf16-mixed}
+              init_args: {kind: fp4, double: false, skip: [query, key], compute: bf16-mixed}
         """
     )
     cli = LightningCLI(
