@@ -21,17 +21,18 @@ _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFS
 class EightBitOptimizer(Callback):
     """Keep the states of the project's own optimiser in eight bits: two bytes a weight for AdamW instead of eight.
 
-    m and v are kept as 8-bit codes in blocks of 256 values with one fp32 scale each, and are fp32 while a step runs. What
-    ``configure_optimizers`` returns is taken over as it is made: groups, rates, decays, schedulers, hooks; so depth-wise
-    rates, schedules, clipping, accumulation, fp16 scaling and exact resume work as before. States of embeddings, whose
-    gradients are sparse and uneven, stay in 32 bits, as do those of small tensors. See
+    m and v are kept as 8-bit codes in blocks of 256 values with one fp32 scale each, and are fp32 while a step runs.
+    What ``configure_optimizers`` returns is taken over as it is made: groups, rates, decays, schedulers, hooks; so
+    depth-wise rates, schedules, clipping, accumulation, fp16 scaling and exact resume work as before. States of
+    embeddings, whose gradients are sparse and uneven, stay in 32 bits, as do those of small tensors. See
     :func:`lightning_ft.functional.eight_bit_optimizer.eight_bit`.
 
-    It replaces AdamW, Adam without decay, and SGD with momentum of ``torch.optim``. A checkpoint resumes with the same setting
-    only. The states exist from the first step on; :attr:`report` is made when training ends.
+    It replaces AdamW, Adam without decay, and SGD with momentum of ``torch.optim``. A checkpoint resumes with the same
+    setting only. The states exist from the first step on; :attr:`report` is made when training ends.
 
     Args:
-        rule: ``"same"``: the project's own, in 8 bits. ``"adamw"``; ``"lion"``: Lion in place of the project's AdamW or Adam,
+        rule: ``"same"``: the project's own, in 8 bits. ``"adamw"``; ``"lion"``: Lion in place of the project's AdamW or
+        Adam,
             with half the states: its authors take a rate 3 to 10 times smaller and a decay as much larger, which the
             project must set. With ``paged_`` before it the states may move to host memory where the GPU's is short.
         min_size: Tensors with fewer values keep states in 32 bits; bitsandbytes' 4096.
@@ -39,7 +40,8 @@ class EightBitOptimizer(Callback):
         betas: In the place of the project's own; Lion's are 0.9 and 0.99 by default.
 
     Raises:
-        ValueError: An argument is out of range; an option of the optimiser has no counterpart in 8 bits; the checkpoint's
+        ValueError: An argument is out of range; an option of the optimiser has no counterpart in 8 bits; the
+        checkpoint's
             states are others; FSDP, ModelParallel, DeepSpeed.
         TypeError: The project has another optimiser.
         ImportError: bitsandbytes is not installed.
@@ -85,8 +87,8 @@ class EightBitOptimizer(Callback):
         strategy = next((k.__name__ for k in type(trainer.strategy).__mro__ if k.__name__ in _SHARDED), None)
         if strategy is not None:
             raise ValueError(
-                f"EightBitOptimizer does not run under {strategy}, whose shards cut through the blocks of 8-bit states: use "
-                "DDP or one device"
+                f"EightBitOptimizer does not run under {strategy}, whose shards cut through the blocks of 8-bit "
+                "states: use DDP or one device"
             )
         # On the instance, since no hook lies between the making of optimisers and those who then hook into them.
         configure, own = pl_module.configure_optimizers, vars(pl_module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 from lightning.pytorch import LightningModule
@@ -16,7 +17,8 @@ from typing_extensions import override
 
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
-from lightning_ft.functional.quantise import quantise, quantised_layers, restore_quantised
+from lightning_ft.functional.alterations import alter, altered
+from lightning_ft.functional.quantise import quantised_layers, restore_quantised
 from lightning_ft.functional.quantised_tensor import Format, import_bitsandbytes
 
 Compute = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -55,10 +57,12 @@ class QuantisedPrecision(Precision):
                 "trains beside the packed weights is kept in fp32"
             )
         self.precision: Any = name
-        self.form = form
-        self.threshold = threshold
-        self.skip = skip
-        self.layers = layers
+        self._settings = {
+            **asdict(form),
+            "threshold": threshold,
+            "skip": [skip] if isinstance(skip, str) else list(skip),
+            "layers": None if layers is None else asdict(layers),
+        }
         self.report: Report | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None
         self._inner = compute if isinstance(compute, Precision) else Precision()
@@ -70,13 +74,17 @@ class QuantisedPrecision(Precision):
         Raises:
             ValueError: See :func:`lightning_ft.functional.quantise.quantise`.
         """
-        if self._module() is not module or self.report is None:
-            if quantised_layers(module):  # by another plugin, in an earlier fit
-                self.report = Report("Quantised before", {"layers": len(quantised_layers(module))})
-            else:
-                self.report = quantise(module, self.form, threshold=self.threshold, skip=self.skip, layers=self.layers)
-                rank_zero_info(str(self.report))
-            self._module = weakref.ref(module)
+        if not altered(module, "quantise", self._settings):
+            if quantised_layers(module):
+                raise ValueError(
+                    f"{type(module).__name__} is quantised in another way already, and {type(self).__name__} would do "
+                    f"it as {self._settings}: use the same plugin as before, or build the module anew"
+                )
+            self.report = alter(module, "quantise", self._settings)
+            rank_zero_info(str(self.report))
+        elif self.report is None:
+            self.report = Report("Quantised before", {"layers": len(quantised_layers(module))})
+        self._module = weakref.ref(module)
         return self.report
 
     @override

@@ -26,7 +26,9 @@ _Result = TypeVar("_Result")
 _DONE = "_lightning_ft_alterations"
 
 # By name, so that a checkpoint names no code that is not here.
-_KINDS: dict[str, str] = {}
+_KINDS: dict[str, str] = {
+    "quantise": "quantise:quantise_as",
+}
 """Kind to ``module:function``, relative to ``lightning_ft.functional``; the function takes the module and settings."""
 
 

@@ -29,13 +29,14 @@ def eight_bit(
 ) -> Optimizer:
     """An optimiser like this one, its states quantised in blocks of 256 values by a table of 256.
 
-    It takes over the groups (the same dictionaries, with rates, decays and whatever else is in them) and the step hooks. Which
-    states stay in 32 bits is decided for each parameter, not in bitsandbytes' process-wide table, which outlives optimisers
-    and is ignored here.
+    It takes over the groups (the same dictionaries, with rates, decays and whatever else is in them) and the step
+    hooks. Which states stay in 32 bits is decided for each parameter, not in bitsandbytes' process-wide table, which
+    outlives optimisers and is ignored here.
 
     Args:
         optimizer: ``torch.optim``'s AdamW, Adam without decay, or SGD with momentum, that has not stepped yet.
-        rule: ``"same"``; or ``"adamw"`` or ``"lion"`` in place of AdamW or Adam. Lion keeps rates and decays as they are.
+        rule: ``"same"``; or ``"adamw"`` or ``"lion"`` in place of AdamW or Adam. Lion keeps rates and decays as they
+        are.
         full: Parameters whose states stay in 32 bits.
         min_size: Parameters with fewer values than this keep states in 32 bits.
         paged: Let the states move between GPU and host memory. Without effect on the CPU.
@@ -54,8 +55,8 @@ def eight_bit(
         torch.uint8
 
     Reference:
-        Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit Optimizers via Block-wise Quantization"; Chen et al. 2023,
-        "Symbolic Discovery of Optimization Algorithms" (Lion).
+        Dettmers, Lewis, Shleifer and Zettlemoyer 2022, "8-bit Optimizers via Block-wise Quantization"; Chen et al.
+        2023, "Symbolic Discovery of Optimization Algorithms" (Lion).
     """
     kind = _kind(optimizer, rule)
     for group in optimizer.param_groups:
@@ -65,7 +66,7 @@ def eight_bit(
         if kind != "momentum":
             group["betas"] = betas or (LION_BETAS if kind == "lion" else group["betas"])
     cls = _optimizer_class(1 if kind in ("lion", "momentum") else 2)
-    new = cls(kind, optimizer.param_groups, full=full, min_size=min_size, paged=paged)
+    new: Optimizer = cls(kind, optimizer.param_groups, full=full, min_size=min_size, paged=paged)
     new._optimizer_step_pre_hooks.update(optimizer._optimizer_step_pre_hooks)
     new._optimizer_step_post_hooks.update(optimizer._optimizer_step_post_hooks)
     return new
@@ -77,8 +78,8 @@ def _kind(optimizer: Optimizer, rule: str) -> Rule:
     if kind is None or (rule != "same" and kind != "adam"):
         known = "AdamW, Adam without decay or SGD with momentum" if rule == "same" else "AdamW or Adam without decay"
         raise TypeError(
-            f"{rule!r} in 8 bits takes the place of torch.optim's {known}; this is {type(optimizer).__name__}: give the "
-            "project one of these"
+            f"{rule!r} in 8 bits takes the place of torch.optim's {known}; this is {type(optimizer).__name__}: give "
+            "the project one of these"
         )
     return "lion" if rule == "lion" else kind
 
@@ -95,8 +96,8 @@ def _check(group: dict[str, Any], optimizer: Optimizer, kind: Rule) -> None:
     coupled = isinstance(optimizer, torch.optim.Adam) and not group.get("decoupled_weight_decay")
     if coupled and group["weight_decay"]:
         raise ValueError(
-            f"Adam(weight_decay={group['weight_decay']}) adds the decay to the gradient, and 8-bit Adam decays the weights "
-            "beside it, as AdamW: use torch.optim.AdamW, or weight_decay=0"
+            f"Adam(weight_decay={group['weight_decay']}) adds the decay to the gradient, and 8-bit Adam decays the "
+            "weights beside it, as AdamW: use torch.optim.AdamW, or weight_decay=0"
         )
     if any(isinstance(group[name], Tensor) for name in ("lr", "weight_decay")):
         raise ValueError("a rate that is a tensor has no counterpart in 8 bits: give a number")
@@ -108,7 +109,7 @@ def _optimizer_class(states: int) -> Any:
     bases = import_bitsandbytes().optim.optimizer
     base: Any = bases.Optimizer2State if states == 2 else bases.Optimizer1State
 
-    class EightBit(base):  # type: ignore[misc]
+    class EightBit(base):
         def __init__(
             self, kind: str, groups: list[dict[str, Any]], *, full: Collection[nn.Parameter], min_size: int, paged: bool
         ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.quantised_layers import QuantisedLinear, is_conv1d
-from lightning_ft.functional.quantised_tensor import Format, QuantisedTensor
+from lightning_ft.functional.quantised_tensor import Format, Kind, QuantisedTensor
 
 
 def quantise(
@@ -82,6 +82,21 @@ def quantise(
     _read_no_weights(module)
     table = [rows[name] for name in groups.names if name in rows]
     return _report(form, table, left, thawed)
+
+
+def quantise_as(
+    module: nn.Module,
+    *,
+    kind: Kind,
+    block_size: int,
+    double: bool,
+    threshold: float,
+    skip: list[str],
+    layers: Mapping[str, Any] | None,
+) -> Report:
+    """:func:`quantise` with plain arguments, as checkpoints remember it (``"quantise"``)."""
+    form = Format(kind, block_size, double)
+    return quantise(module, form, threshold=threshold, skip=skip, layers=None if layers is None else Layers(**layers))
 
 
 def dequantise(module: nn.Module) -> Report:
