@@ -68,6 +68,20 @@ def altered(module: nn.Module, kind: str, settings: Mapping[str, Any]) -> bool:
     return {"kind": kind, "settings": dict(settings)} in alterations(module)
 
 
+def quantise_first(module: nn.Module) -> None:
+    """Let the trainer's precision plugin quantise a module now, if it is one that does: before any other change.
+
+    Left to itself it does so only after callbacks have changed the module and a checkpoint was restored.
+    """
+    try:
+        trainer = module.trainer
+    except (AttributeError, RuntimeError):  # no LightningModule, or none that a trainer runs
+        return
+    quantise = getattr(getattr(trainer, "precision_plugin", None), "quantise", None)
+    if quantise is not None:
+        quantise(module)
+
+
 def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, source: str = "the checkpoint") -> None:
     """Alter a freshly built module as the checkpoint's was, and load its weights.
 
@@ -110,6 +124,7 @@ def check_alterations(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It was not.
     """
+    quantise_first(module)
     wanted, done = checkpoint.get(ALTERATIONS, []), alterations(module)
     if wanted != done:
         raise ValueError(
