@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_ft.callbacks._surgery import when_built
 from lightning_ft.core.report import Report
-from lightning_ft.functional.alterations import alter, altered, quantise_first
+from lightning_ft.functional.alterations import alter, altered
 
 
 class Altering:
@@ -44,7 +44,6 @@ class Altering:
         self.report = None
 
         def act() -> None:
-            quantise_first(module)
             if not altered(module, self.kind, self.settings):
                 self.report = alter(module, self.kind, self.settings)
             if then is not None:

@@ -54,9 +54,9 @@ def core_model(model: nn.Module) -> nn.Module:
 def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """A model that computes the same with plain weights.
 
-    Weights in four or eight bits are floats again, adapters of peft are merged, masks of ``torch.nn.utils.prune`` and parametrisations of
-    ``torch.nn.utils.parametrize`` (weight and spectral norm, LoRA by hand) are applied, and compiled parts are put back
-    as they were written.
+    Weights in four or eight bits are floats again, adapters of peft are merged, masks of ``torch.nn.utils.prune`` and
+    parametrisations of ``torch.nn.utils.parametrize`` (weight and spectral norm, LoRA by hand) are applied, and
+    compiled parts are put back as they were written.
 
     Args:
         model: Left as it is.

@@ -68,20 +68,6 @@ def altered(module: nn.Module, kind: str, settings: Mapping[str, Any]) -> bool:
     return {"kind": kind, "settings": dict(settings)} in alterations(module)
 
 
-def quantise_first(module: nn.Module) -> None:
-    """Let the trainer's precision plugin quantise a module now, if it is one that does: before any other change.
-
-    Left to itself it does so only after callbacks have changed the module and a checkpoint was restored.
-    """
-    try:
-        trainer = module.trainer
-    except (AttributeError, RuntimeError):  # no LightningModule, or none that a trainer runs
-        return
-    quantise = getattr(getattr(trainer, "precision_plugin", None), "quantise", None)
-    if quantise is not None:
-        quantise(module)
-
-
 def restore(module: nn.Module, checkpoint: Mapping[str, Any], *, source: str = "the checkpoint") -> None:
     """Alter a freshly built module as the checkpoint's was, and load its weights.
 
@@ -124,13 +110,24 @@ def check_alterations(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It was not.
     """
-    quantise_first(module)
+    _quantise_now(module)
     wanted, done = checkpoint.get(ALTERATIONS, []), alterations(module)
     if wanted != done:
         raise ValueError(
             f"the checkpoint holds a model changed by {_names(wanted)}, and this one is changed by {_names(done)}: use "
             "the same callbacks with the same arguments, in the same order"
         )
+
+
+def _quantise_now(module: nn.Module) -> None:
+    """Let the trainer's precision plugin do what it would do only after the checkpoint was restored."""
+    try:
+        trainer = module.trainer
+    except (AttributeError, RuntimeError):  # no LightningModule, or none that a trainer runs
+        return
+    quantise = getattr(getattr(trainer, "precision_plugin", None), "quantise", None)
+    if quantise is not None:
+        quantise(module)
 
 
 def _function(kind: str) -> Callable[..., Report]:
