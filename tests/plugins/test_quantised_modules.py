@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 
 from lightning_ft.callbacks import Freeze
 from lightning_ft.callbacks._altering import Altering
+from lightning_ft.export.bake import baked, core_model
 from lightning_ft.functional.alterations import PART, alterations
 from lightning_ft.functional.quantise import quantised_layers
 from lightning_ft.functional.quantised_tensor import QuantisedTensor
@@ -46,6 +47,10 @@ def test_a_head_over_a_quantised_backbone(kind: Any, plugin: Any, tmp_path: Path
     cell.resumes()
     cell.reloads()
     cell.merges()
+    plain, done = baked(core_model(cell.trained.model))
+    assert not quantised_layers(plain)
+    assert "quantised weights as floats" in done
+    assert len(quantised_layers(cell.trained)) >= 12  # left as it was
     stored = torch.load(cell.checkpoint, weights_only=True)["state_dict"]
     assert sum(isinstance(value, QuantisedTensor) for value in stored.values()) == len(quantised_layers(cell.trained))
 

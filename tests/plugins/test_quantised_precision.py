@@ -148,6 +148,23 @@ def test_resumes_exactly(make: Any, name: str, epoch: int, batch: int, tmp_path:
     assert identical(run(tmp_path / "killed", ckpt_path=tmp_path / "killed" / "last.ckpt"), whole)
 
 
+@pytest.mark.parametrize("make", [FourBit, EightBit])
+@pytest.mark.parametrize("compute", ["32-true", "bf16-mixed", "16-mixed"])
+def test_computes_in_the_precision_that_was_asked_for(make: Any, compute: Any) -> None:
+    dtypes = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    module, seen = Filtered(dropout=0), set()
+
+    class Watch(Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            layer = pl_module.encoder.layers[0].linear1
+            layer.register_forward_hook(lambda layer, args, output: seen.add(output.dtype))
+
+    trainer = STILL.fit(Watch(), module=module, plugins=[make(compute=compute)], max_epochs=1)
+    assert seen == {dtypes[compute]}
+    assert trainer.precision == compute
+    assert (trainer.scaler is not None) == (compute == "16-mixed")
+
+
 def test_scale_of_fp16_is_restored(tmp_path: Path) -> None:
     trainer = STILL.fit(plugins=[EightBit(compute=fp16())], max_epochs=1)
     assert trainer.scaler.get_scale() == 1024.0  # doubled after each third of six steps
