@@ -32,17 +32,15 @@ class EightBitOptimizer(Callback):
 
     Args:
         rule: ``"same"``: the project's own, in 8 bits. ``"adamw"``; ``"lion"``: Lion in place of the project's AdamW or
-        Adam,
-            with half the states: its authors take a rate 3 to 10 times smaller and a decay as much larger, which the
-            project must set. With ``paged_`` before it the states may move to host memory where the GPU's is short.
+            Adam, with half the states: its authors take a rate 3 to 10 times smaller and a decay as much larger, which
+            the project must set. With ``paged_`` before it the states may move to host memory where the GPU's is short.
         min_size: Tensors with fewer values keep states in 32 bits; bitsandbytes' 4096.
         embedding_bits: 32, or 8 for embeddings, too.
         betas: In the place of the project's own; Lion's are 0.9 and 0.99 by default.
 
     Raises:
         ValueError: An argument is out of range; an option of the optimiser has no counterpart in 8 bits; the
-        checkpoint's
-            states are others; FSDP, ModelParallel, DeepSpeed.
+            checkpoint's states are others; FSDP, ModelParallel, DeepSpeed.
         TypeError: The project has another optimiser.
         ImportError: bitsandbytes is not installed.
 

@@ -22,7 +22,7 @@ class FourBit(QuantisedPrecision):
     the fact. With LoRA adapters this is QLoRA.
 
     The module is quantised once it is built: by the first callback that changes the model (see
-    :meth:`~QuantisedPrecision.quantise`), else just before the strategy wraps it. Checkpoints keep the names of the
+    ``quantise``), else just before the strategy wraps it. Checkpoints keep the names of the
     model as it was, hold the bits, and resume bit for bit; a float checkpoint is quantised on load, and a module
     without this plugin loads the dequantised weights.
 
@@ -36,8 +36,7 @@ class FourBit(QuantisedPrecision):
         double: Quantise the scales, too.
         block_size: Weights that share a scale; the paper's 64.
         compute: Of all else: ``"32-true"``, ``"bf16-mixed"``, ``"16-mixed"``, as the Trainer's argument, which this
-        takes the place
-            of; or a precision plugin of these, such as ``MixedPrecision`` with a scaler of its own.
+            takes the place of; or a precision plugin of these, such as ``MixedPrecision`` with a scaler of its own.
         skip: Regular expressions (``re.search``) on paths of layers to leave alone.
         layers: Where the head is, if it is not found by itself.
 

@@ -36,7 +36,7 @@ def eight_bit(
     Args:
         optimizer: ``torch.optim``'s AdamW, Adam without decay, or SGD with momentum, that has not stepped yet.
         rule: ``"same"``; or ``"adamw"`` or ``"lion"`` in place of AdamW or Adam. Lion keeps rates and decays as they
-        are.
+            are.
         full: Parameters whose states stay in 32 bits.
         min_size: Parameters with fewer values than this keep states in 32 bits.
         paged: Let the states move between GPU and host memory. Without effect on the CPU.
