@@ -21,10 +21,9 @@ class FourBit(QuantisedPrecision):
     quantised and what is left alone: :func:`lightning_ft.functional.quantise.quantise`; :attr:`report` says it after
     the fact. With LoRA adapters this is QLoRA.
 
-    The module is quantised once it is built: by the first callback that changes the model (see
-    ``quantise``), else just before the strategy wraps it. Checkpoints keep the names of the
-    model as it was, hold the bits, and resume bit for bit; a float checkpoint is quantised on load, and a module
-    without this plugin loads the dequantised weights.
+    The module is quantised once it is built: by the first callback that asks for it (``quantise``), else just before
+    the strategy wraps it. Checkpoints keep the names of the model as it was, hold the bits, and resume bit for bit; a
+    float checkpoint is quantised on load, and a module without this plugin loads the dequantised weights.
 
     Against Lightning's ``BitsandbytesPrecision``: it runs on the CPU, too, composes with autocast, leaves the head
     alone, keeps biases in fp32, and restores quantised weights. Under DDP each device holds all; strategies that shard

@@ -28,6 +28,11 @@ _DONE = "_lightning_ft_alterations"
 # By name, so that a checkpoint names no code that is not here.
 _KINDS: dict[str, str] = {
     "quantise": "quantise:quantise_as",
+    "adapter_fusion": "adapter_fusion:add_fusion",
+    "adapter_stack": "bottleneck:use_adapters",
+    "bit_fit": "bit_fit:bit_fit",
+    "bottleneck_adapters": "bottleneck:add_adapters",
+    "frozen_adapters": "bottleneck:add_frozen_adapters",
 }
 """Kind to ``module:function``, relative to ``lightning_ft.functional``; the function takes the module and settings."""
 

@@ -261,6 +261,9 @@ class TransformerModule(LightningModule):
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
         )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # Lightning refuses to clip for an optimiser that says it unscales; in bf16-mixed, too, which has no scale.
+            optimizer._step_supports_amp_scaling = False
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
