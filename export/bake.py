@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from lightning_ft.functional.quantise import dequantise
+from lightning_ft.functional.quantised_layers import QuantisedLinear
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and ``AveragedModel``, whose weights are its own.
@@ -51,9 +54,9 @@ def core_model(model: nn.Module) -> nn.Module:
 def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """A model that computes the same with plain weights.
 
-    Adapters of peft are merged, masks of ``torch.nn.utils.prune`` and parametrisations of
-    ``torch.nn.utils.parametrize`` (weight and spectral norm, LoRA by hand) are applied, and compiled parts are put back
-    as they were written.
+    Weights in four or eight bits are floats again, adapters of peft are merged, masks of ``torch.nn.utils.prune`` and
+    parametrisations of ``torch.nn.utils.parametrize`` (weight and spectral norm, LoRA by hand) are applied, and
+    compiled parts are put back as they were written.
 
     Args:
         model: Left as it is.
@@ -70,6 +73,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     copied = _copy(model)
     copied.eval()  # a spectral norm in training mode changes whenever it is read
     copied = _unwrap_inside(copied)
+    dequantise(copied.cpu())
     _merge(copied)
     applied: list[Tensor] = []
     for module in list(copied.modules()):
@@ -86,6 +90,8 @@ def _findings(model: nn.Module) -> Iterator[str]:
     for module in model.modules():
         if isinstance(getattr(module, "_orig_mod", None), nn.Module) or module._compiled_call_impl is not None:
             yield "compiled parts as they were written"
+        if isinstance(module, QuantisedLinear):
+            yield "quantised weights as floats"
         if _is_adapter(module):
             yield "adapters merged"
         if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):

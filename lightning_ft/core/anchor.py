@@ -150,5 +150,8 @@ def _stored(name: str, tensor: Tensor, storage: Storage) -> Tensor:
 
 def _square(tensor: Tensor) -> Tensor:
     """The sum of squares of this process's part, in float64 on the CPU: not every accelerator has float64."""
-    norm: Tensor = torch.linalg.vector_norm(local(tensor.detach()).cpu(), dtype=torch.float64)
+    values = local(tensor.detach()).cpu()
+    if not values.is_floating_point():  # packed weights
+        values = values.double()
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm.square()

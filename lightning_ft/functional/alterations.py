@@ -27,6 +27,7 @@ _DONE = "_lightning_ft_alterations"
 
 # By name, so that a checkpoint names no code that is not here.
 _KINDS: dict[str, str] = {
+    "quantise": "quantise:quantise_as",
     "adapter_fusion": "adapter_fusion:add_fusion",
     "adapter_stack": "bottleneck:use_adapters",
     "bit_fit": "bit_fit:bit_fit",
@@ -127,12 +128,24 @@ def check_alterations(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It was not.
     """
+    _quantise_now(module)
     wanted, done = checkpoint.get(ALTERATIONS, []), alterations(module)
     if wanted != done:
         raise ValueError(
             f"the checkpoint holds a model changed by {_names(wanted)}, and this one is changed by {_names(done)}: use "
             "the same callbacks with the same arguments, in the same order"
         )
+
+
+def _quantise_now(module: nn.Module) -> None:
+    """Let the trainer's precision plugin do what it would do only after the checkpoint was restored."""
+    try:
+        trainer = module.trainer
+    except (AttributeError, RuntimeError):  # no LightningModule, or none that a trainer runs
+        return
+    quantise = getattr(getattr(trainer, "precision_plugin", None), "quantise", None)
+    if quantise is not None:
+        quantise(module)
 
 
 def _function(kind: str) -> Callable[..., Report]:

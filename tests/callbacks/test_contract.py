@@ -35,6 +35,7 @@ from lightning_ft.callbacks import (
     TrainingModeCheck,
     WiSEFT,
 )
+from lightning_ft.callbacks.eight_bit_optimizer import EightBitOptimizer
 from lightning_ft.core import Phase, Plateau
 from tests.fisher_file import fisher_file
 from tests.strangers import FILTERED, STRANGERS, Stranger, dataset, identical, outcome, weights
@@ -77,6 +78,8 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "forgetting-monitor": lambda: ForgettingMonitor(OldTask(), every="2 steps"),
     "drift-report": partial(DriftReport, "2 steps", head=True),
     "wise-ft": partial(WiSEFT, [0.3, 0.6]),
+    "eight-bit-optimizer": partial(EightBitOptimizer, min_size=0),
+    "eight-bit-optimizer-paged": partial(EightBitOptimizer, "paged_same"),
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
