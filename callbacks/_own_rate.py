@@ -42,8 +42,8 @@ class OwnRate:
         self._optimizers = list(optimizers)
         if missing := len(parameters) - len(self._bases):
             raise ValueError(
-                f"{owner} added {len(parameters)} tensors to the model, and {missing} of them are in no optimiser: build "
-                "it in configure_optimizers from self.parameters(), which has them by then"
+                f"{owner} added {len(parameters)} tensors to the model, and {missing} of them are in no optimiser: "
+                "build it in configure_optimizers from self.parameters(), which has them by then"
             )
         self._before = [optimizer.register_step_pre_hook(self._split) for optimizer in optimizers]
         self._after: dict[int, RemovableHandle] = {}
@@ -54,7 +54,8 @@ class OwnRate:
         if id(optimizer) in self._after:
             self._after[id(optimizer)].remove()
         handle = self._after[id(optimizer)] = optimizer.register_step_post_hook(self._join)
-        optimizer._optimizer_step_post_hooks.move_to_end(handle.id, last=False)
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(handle.id, last=False)
         self._own[id(optimizer)] = optimizer.param_groups
         optimizer.param_groups = [part for group in optimizer.param_groups for part in self._parts(group)]
 
@@ -97,7 +98,8 @@ def base_rates(optimizers: Sequence[Optimizer], parameters: Sequence[nn.Paramete
     Raises:
         ValueError: A base rate is 0, of which no share can be told.
     """
-    wanted, bases = {id(p) for p in parameters}, {}
+    wanted = {id(p) for p in parameters}
+    bases: dict[int, Any] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             held = [id(p) for p in group["params"] if id(p) in wanted]

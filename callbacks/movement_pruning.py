@@ -42,7 +42,8 @@ class MovementPruning(Callback):
     - ``hard``: kept are the ⌊v·n⌋ highest scores of each matrix (or of all, ``scope="global"``), exactly as many, ties
       going to the larger weight. The share v falls from 1 to ``final``.
     - ``soft``: kept is what has σ(S) > τ, and 0.5 % of a matrix at least. τ rises from 0 to ``final``, and
-      λ·mean σ(S) is added to the loss, with λ = ``penalty`` · τ/τ_final, as its gradient in ``on_before_optimizer_step``.
+      λ·mean σ(S) is added to the loss, with λ = ``penalty`` · τ/τ_final: its gradient, in
+      ``on_before_optimizer_step``.
     - ``magnitude``: kept are the ⌊v·n⌋ largest weights, with no scores: the baseline, on the same schedule.
 
     v and τ follow a cubic from the end of ``warmup`` to the beginning of ``cooldown``, in which they stand. (The paper

@@ -81,6 +81,7 @@ class MaskedWeight(nn.Module):
 
     mask: Tensor
     kept: Tensor
+    scores: nn.Parameter | None
 
     def __init__(self, weight: Tensor, *, scored: bool) -> None:
         super().__init__()
@@ -91,6 +92,7 @@ class MaskedWeight(nn.Module):
         self.register_buffer("kept", torch.tensor(weight.numel(), device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
+        """W′."""
         if self.scores is None:
             return weight.masked_fill(~self.mask, 0.0)
         masked: Tensor = _StraightThrough.apply(weight, self.scores, self.mask)  # type: ignore[no-untyped-call]
@@ -179,10 +181,10 @@ def check_mode(mode: Mode) -> None:
 
 def _refuse(module: nn.Module, inside: set[int]) -> None:
     for name, child in module.named_modules():
+        if type(child).__module__.partition(".")[0] == "peft" and any(id(p) in inside for p in child.parameters()):
+            raise ValueError(f"{name} is an adapter of peft, over frozen weights: merge it before the model is pruned")
         if not any(id(p) in inside for p in child.parameters(recurse=False)):
             continue
-        if type(child).__module__.partition(".")[0] == "peft":
-            raise ValueError(f"{name} is an adapter of peft, over frozen weights: merge it before the model is pruned")
         if isinstance(child, parametrize.ParametrizationList):
             raise ValueError(f"{name} is a parametrised weight already: bake that before, or prune without it")
         weight = getattr(child, "weight", None)
@@ -199,7 +201,7 @@ def masked_weights(module: nn.Module) -> list[Masked]:
         Masked(f"{path}.{attribute}".strip("."), parametrisations.original, by)
         for path, child in module.named_modules()
         if parametrize.is_parametrized(child)
-        for attribute, parametrisations in child.parametrizations.items()  # type: ignore[operator, union-attr]
+        for attribute, parametrisations in child.parametrizations.items()
         for by in parametrisations
         if isinstance(by, MaskedWeight)
     ]
@@ -229,7 +231,8 @@ def update_masks(weights: Sequence[Masked], mode: Mode, level: float, scope: Sco
         magnitudes = torch.cat([masked.weight.detach().abs().float().flatten() for masked in weights])
         ranked = magnitudes if mode == "magnitude" else torch.cat([_scores(masked).flatten() for masked in weights])
         chosen = top_mask(ranked, total, None if mode == "magnitude" else magnitudes)
-        for masked, part in zip(weights, chosen.split([m.weight.numel() for m in weights]), strict=True):
+        parts = torch.split(chosen, [masked.weight.numel() for masked in weights])
+        for masked, part in zip(weights, parts, strict=True):
             masked.by.mask.copy_(part.view_as(masked.by.mask))
             masked.by.kept.copy_(part.sum())
 
@@ -270,7 +273,7 @@ def add_penalty_grad_(scores: Sequence[nn.Parameter], strength: float, matrices:
     slopes = [s * (1 - s) * (strength / (matrices * s.numel())) for s in each]
     if scale is not None:
         torch._foreach_mul_(slopes, scale)
-    torch._foreach_add_([p.grad for p in held], slopes)  # type: ignore[arg-type]
+    torch._foreach_add_([p.grad for p in held if p.grad is not None], slopes)
 
 
 def sparsity(module: nn.Module) -> Report:
