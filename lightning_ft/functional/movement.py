@@ -325,7 +325,16 @@ def bake(module: nn.Module) -> Report:
             raise RuntimeError(f"{masked.name} keeps {row['kept']} weights, where {int(masked.by.kept)} were chosen")
     for masked in weights:
         path, _, attribute = masked.name.rpartition(".")
-        parametrize.remove_parametrizations(module.get_submodule(path), attribute, leave_parametrized=True)
+        owner = module.get_submodule(path)
+        _own_class(owner)
+        parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
         if masked.weight.detach()[~masked.by.mask].any():
             raise RuntimeError(f"{masked.name} has weights other than 0 where its mask has none")
     return report
+
+
+def _own_class(module: nn.Module) -> None:
+    """Torch made a class for this module alone and will take it apart; a copy of the module would share it."""
+    shared = type(module)
+    content = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,6 @@ def test_the_rate_of_scores_follows_the_highest_of_a_one_cycle() -> None:
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2.0, total_steps=12)
-            optimizer.register_step_pre_hook(lambda *_: None)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     class Rates(Callback):
@@ -197,7 +197,7 @@ def test_the_rate_of_scores_follows_the_highest_of_a_one_cycle() -> None:
     FILTERED.fit(MovementPruning(0.5, score_learning_rate=0.1), Rates(), module=Cycled())
     assert len(rates) == 12
     assert all(own == pytest.approx(0.05 * other) for other, own in rates)
-    assert max(own for _, own in rates) == pytest.approx(0.1)
+    assert max(own for _, own in rates) == pytest.approx(0.1, rel=0.01)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
@@ -309,6 +309,9 @@ def test_a_step_that_overflowed_changes_no_mask_and_the_end_is_reached() -> None
             loss.register_hook(lambda g: torch.where(g > 2.0**20, torch.inf, g))
             return loss
 
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     trainer = FILTERED.fit(callback, look, module=Half(), plugins=[plugin])
     assert trainer.global_step == 12
@@ -346,7 +349,7 @@ def test_the_penalty_moves_scores_down() -> None:
     def mean(penalty: float) -> float:
         pruning = MovementPruning(0.1, "soft", warmup=0, cooldown=0, penalty=penalty)
         module = FILTERED.fit(pruning).lightning_module
-        return float(torch.stack([m.by.scores.mean() for m in masked_weights(module)]).mean())
+        return float(torch.stack([m.by.scores.detach().mean() for m in masked_weights(module)]).mean())
 
     assert mean(400.0) < mean(0.0) - 0.02
 
@@ -360,13 +363,13 @@ def _data(folder: str, tmp_path: Path) -> ClassificationData:
     return ClassificationData(folder, str(tmp_path / "rows.csv"), str(tmp_path / "rows.csv"), batch_size=4)
 
 
-def _fit(module: Any, data: Any, *callbacks: Callback, **options: Any) -> Trainer:
+def _fit(module: Any, data: Any, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:
     quiet: dict[str, Any] = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
     )
     settings = {"accelerator": "cpu", "max_epochs": 2, "accumulate_grad_batches": 2, "val_check_interval": 0.5}
     trainer = Trainer(callbacks=list(callbacks), num_sanity_val_steps=0, **{**quiet, **settings, **options})
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -410,8 +413,6 @@ def test_a_pruned_model_of_each_kind(kind: Kind, tmp_path: Path) -> None:
 
 
 def _baked(module: Any) -> Any:
-    import copy
-
     copied = copy.deepcopy(module)
     bake(copied)
     return copied
@@ -477,7 +478,7 @@ def test_refuses_a_base_rate_of_zero() -> None:
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    with pytest.raises(ValueError, match="has the base learning rate 0.0, of which nothing can take a share"):
+    with pytest.raises(ValueError, match=r"has the base learning rate 0\.0, of which nothing can take a share"):
         FILTERED.fit(MovementPruning(), module=Still())
 
 
