@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from lightning_ft.functional.movement import check_masks, masked_weights
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside ``torch.compile`` and ``AveragedModel``, whose weights are its own.
@@ -63,6 +65,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
     Raises:
         ValueError: An adapter cannot be merged.
+        RuntimeError: A mask of MovementPruning keeps another number of weights than was chosen.
     """
     found = list(_findings(model))
     if not found:
@@ -71,6 +74,8 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     copied.eval()  # a spectral norm in training mode changes whenever it is read
     copied = _unwrap_inside(copied)
     _merge(copied)
+    if masked_weights(copied):
+        check_masks(copied)
     for module in list(copied.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
