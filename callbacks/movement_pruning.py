@@ -19,15 +19,16 @@ from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length, t
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration
-from lightning_ft.core.sharding import is_piece
 from lightning_ft.functional.movement import (
     Masked,
     Mode,
     Scope,
     add_penalty_grad_,
+    check_masks,
     check_mode,
     cubic,
     masked_weights,
+    refuse_sharded,
     sparsity,
     update_masks,
 )
@@ -55,7 +56,8 @@ class MovementPruning(Callback):
     optimiser is at, and without weight decay. Their gradients are hundreds of times larger than the weights': the
     trainer's clipping takes them apart. (In manual optimisation, if that calls ``self.clip_gradients``.)
 
-    Checkpoints hold W, S and the masks, so that training goes on from them. What is exported from them has W′ for
+    Checkpoints hold W, S and the masks (which must keep as many weights as were chosen), so that training goes on from
+    them. What is exported from them has W′ for
     plain weights, of which the pruned ones are exactly 0; :func:`lightning_ft.functional.movement.bake` does the same
     to a module in place.
 
@@ -146,11 +148,7 @@ class MovementPruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
-        if any(is_piece(p) or hasattr(p, "placements") for p in pl_module.parameters()):
-            raise ValueError(
-                "MovementPruning chooses among all scores of a matrix, and under FSDP each process holds a part of "
-                "them: train with DDP"
-            )
+        refuse_sharded(pl_module)
         self._release()
         self._masked = masked_weights(pl_module)
         self._scores = [masked.by.scores for masked in self._masked if masked.by.scores is not None]
@@ -210,6 +208,10 @@ class MovementPruning(Callback):
                 for logger in trainer.loggers:
                     numbers = {"pruning/level": self._level, "pruning/sparsity": facts["sparsity"]}
                     logger.log_metrics(numbers, step=trainer.global_step)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        check_masks(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

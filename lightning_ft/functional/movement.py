@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from lightning_ft.core.fresh import mark_fresh
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
+from lightning_ft.core.sharding import is_piece
 from lightning_ft.functional.mixed_layers import linear_weights
 
 Mode = Literal["hard", "soft", "magnitude"]
@@ -151,6 +152,7 @@ def mask_weights(module: nn.Module, mode: Mode = "hard", *, layers: Mapping[str,
         ValueError: Nothing is there to mask; a weight is quantised, an adapter's, parametrised already, or shared.
     """
     check_mode(mode)
+    refuse_sharded(module)
     groups = Layers(**(layers or {})).of(module)
     inside = {id(p) for name in groups.select("blocks") for p in groups.parameters(name)}
     _refuse(module, inside)
@@ -177,6 +179,19 @@ def check_mode(mode: Mode) -> None:
     """
     if mode not in get_args(Mode):
         raise ValueError(f'mode={mode!r} must be "hard" (highest scores), "soft" (a threshold) or "magnitude"')
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Refuse a module of which each process holds a part.
+
+    Raises:
+        ValueError: It is one.
+    """
+    if any(is_piece(p) or hasattr(p, "placements") for p in module.parameters()):
+        raise ValueError(
+            "MovementPruning chooses among all scores of a matrix, and under FSDP each process holds a part of them: "
+            "train with DDP"
+        )
 
 
 def _refuse(module: nn.Module, inside: set[int]) -> None:
@@ -295,6 +310,20 @@ def sparsity(module: nn.Module) -> Report:
     return Report("Pruned weights", facts, rows)
 
 
+def check_masks(module: nn.Module) -> Report:
+    """The table of :func:`sparsity`, if each mask keeps as many weights as were chosen.
+
+    Raises:
+        ValueError: Nothing is masked.
+        RuntimeError: A mask was changed by something else than :func:`update_masks`.
+    """
+    report = sparsity(module)
+    for row, masked in zip(report.rows, masked_weights(module), strict=True):
+        if row["kept"] != int(masked.by.kept):
+            raise RuntimeError(f"{masked.name} keeps {row['kept']} weights, where {int(masked.by.kept)} were chosen")
+    return report
+
+
 def bake(module: nn.Module) -> Report:
     """Put W′ in the place of W, in place, and take masks and scores away: plain weights, of which most are exactly 0.
 
@@ -309,7 +338,7 @@ def bake(module: nn.Module) -> Report:
 
     Raises:
         ValueError: Nothing is masked.
-        RuntimeError: A mask was changed by something else than :func:`update_masks`.
+        RuntimeError: See :func:`check_masks`; or a weight that is masked is not 0.
 
     Example:
         >>> tower = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4, bias=False)])})
@@ -318,12 +347,8 @@ def bake(module: nn.Module) -> Report:
         >>> bake(tower).facts["kept"], int(tower["layers"][0].weight.count_nonzero())
         (4, 4)
     """
-    report = sparsity(module)
-    weights = masked_weights(module)
-    for row, masked in zip(report.rows, weights, strict=True):
-        if row["kept"] != int(masked.by.kept):
-            raise RuntimeError(f"{masked.name} keeps {row['kept']} weights, where {int(masked.by.kept)} were chosen")
-    for masked in weights:
+    report = check_masks(module)
+    for masked in masked_weights(module):
         path, _, attribute = masked.name.rpartition(".")
         owner = module.get_submodule(path)
         _own_class(owner)

@@ -115,3 +115,9 @@ def test_refuses_training_rows_that_cannot_be_read_twice() -> None:
 
     with pytest.raises(ValueError, match="reads the training rows once more, which an iterable data set"):
         FILTERED.fit(HeadImportance(), module=Streamed(), max_steps=2)
+
+
+def test_refuses_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ft.callbacks.head_importance.is_piece", lambda p: True)
+    with pytest.raises(ValueError, match=r"runs the model by itself, and under FSDP.*call head_importance"):
+        FILTERED.fit(HeadImportance())

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_ft.callbacks import DiscriminativeLR, ExactResume, GradualUnfreezing
+from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing, Mixout
 from lightning_ft.callbacks.movement_pruning import MovementPruning
 from lightning_ft.core.layers import Layers
 from lightning_ft.data import ClassificationData
@@ -499,3 +499,49 @@ def test_layers_said_by_hand() -> None:
     module = Filtered()
     FILTERED.fit(MovementPruning(0.5, layers=Layers(blocks="encoder.layers")), module=module, max_epochs=1)
     assert len(masked_weights(module)) == 12
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_weights_that_are_computed_are_not_mixed(order: tuple[int, int]) -> None:
+    both = [MovementPruning(), Mixout(0.5)]
+    with pytest.raises(ValueError, match=r"has a weight that is computed \(ParametrizedMultiheadAttention; Movement"):
+        FILTERED.fit(*(both[i] for i in order))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_scores_are_not_pulled_to_where_they_began(order: tuple[int, int]) -> None:
+    """They have no pretrained values."""
+
+    class Still(Filtered):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    both = [MovementPruning(1.0, score_learning_rate=0.0), L2SP(1.0, "decoupled")]
+    module = Still()
+    masks = Spread()
+    FILTERED.fit(*(both[i] for i in order), masks, module=module, max_epochs=1)
+    assert all(bool((m.by.scores == 3).all()) for m in masked_weights(module))
+
+
+class Spread(Callback):
+    """Sets all scores to 3."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        for m in masked_weights(pl_module):
+            torch.nn.init.constant_(m.by.scores, 3)  # type: ignore[arg-type]
+
+
+def test_a_mask_that_was_changed_is_not_saved(tmp_path: Path) -> None:
+    class Change(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            masked_weights(pl_module)[0].by.mask[0, 0] = False
+
+    trainer = FILTERED.fit(MovementPruning(1.0), Change(), max_steps=1)
+    with pytest.raises(RuntimeError, match=r"keeps 191 weights, where 192 were chosen"):
+        trainer.save_checkpoint(tmp_path / "changed.ckpt")
+
+
+def test_refuses_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ft.functional.movement.is_piece", lambda p: True)
+    with pytest.raises(ValueError, match=r"chooses among all scores of a matrix.*train with DDP"):
+        FILTERED.fit(MovementPruning())
