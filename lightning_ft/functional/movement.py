@@ -48,7 +48,7 @@ def kept_count(share: float, total: int) -> int:
 def top_mask(values: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
     """True at exactly ``count`` highest values; where they are equal, at those with the larger ``ties``.
 
-    Two selections, no sort of the whole, and nothing for the host to wait for.
+    One selection, or two where values are equal; no sort of the whole, and nothing that a GPU's host waits for.
 
     Args:
         values: Of any shape.
@@ -65,11 +65,21 @@ def top_mask(values: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
         return mask.view(values.shape)
     if count >= flat.numel():
         return mask.fill_(True).view(values.shape)
+    lowest = _kth_largest(flat, count)
+    reached = flat >= lowest
+    if flat.device.type == "cpu" and int(reached.sum()) == count:  # elsewhere the host would have to wait for it
+        return reached.view(values.shape)
     if ties is not None:
-        lowest = torch.topk(flat, count, sorted=False).values.amin()
-        at_lowest = torch.where(flat == lowest, ties.detach().flatten().to(flat.dtype), -1.0)
+        at_lowest = torch.where(reached, ties.detach().flatten().to(flat.dtype), -1.0)
         flat = torch.where(flat > lowest, math.inf, at_lowest)
     return mask.index_fill_(0, torch.topk(flat, count, sorted=False).indices, True).view(values.shape)
+
+
+def _kth_largest(flat: Tensor, count: int) -> Tensor:
+    # On GPUs kthvalue works with one block of threads, and topk with many.
+    if flat.device.type == "cpu":
+        return torch.kthvalue(flat, flat.numel() - count + 1).values
+    return torch.topk(flat, count, sorted=False).values.amin()
 
 
 class MaskedWeight(nn.Module):
