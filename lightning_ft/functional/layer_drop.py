@@ -129,7 +129,7 @@ class _ZeroGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor) -> Tensor:
         ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return hidden.view_as(hidden)
+        return hidden.clone()  # FSDP2 cannot hook a view, which the tensor itself would become, too
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Two processes that prune: :func:`run`, for ``tests.ranks``."""
+"""Two processes that prune: :func:`run` and :func:`run_sharded`, for ``tests.ranks``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from lightning_ft.callbacks.head_importance import HeadImportance
 from lightning_ft.callbacks.layer_drop import LayerDrop
 from lightning_ft.callbacks.movement_pruning import MovementPruning
+from tests import sharded_worker
 from tests.ranks import RANKS
+from tests.sharded_worker import SHARDINGS, whole
 from tests.strangers import BATCH, FILTERED, ROWS, Filtered, dataset
 
 MAKES: dict[str, Callable[[], list[Callback]]] = {
@@ -64,3 +67,27 @@ def run() -> dict[str, list[Tensor]]:
         return DDPStrategy(process_group_backend="gloo")
 
     return {name: train(name, strategy=strategy(), devices=RANKS) for name in MAKES}
+
+
+def train_sharded(sharding: str | None) -> dict[str, Tensor]:
+    """LayerDrop on a sharded model; whole weights at the end."""
+    shard, strategy = SHARDINGS[sharding] if sharding else (lambda module: None, lambda: "auto")
+    settings = {"strategy": strategy(), "devices": RANKS if sharding else 1, "use_distributed_sampler": False}
+    module = sharded_worker.HeadFirst(shard)
+    return whole(FILTERED.fit(LayerDrop(0.5, seed=3), module=module, **settings, limit_val_batches=0))
+
+
+def refused(*callbacks: Callback) -> str:
+    shard, strategy = SHARDINGS["fsdp2"]
+    try:
+        FILTERED.fit(
+            *callbacks, module=sharded_worker.HeadFirst(shard), strategy=strategy(), devices=RANKS, max_steps=1
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def run_sharded() -> dict[str, Any]:
+    results: dict[str, Any] = {name: train_sharded(name) for name in SHARDINGS}
+    return results | {"movement": refused(MovementPruning()), "heads": refused(HeadImportance())}

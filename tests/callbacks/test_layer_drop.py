@@ -165,6 +165,7 @@ def test_a_cache_that_an_earlier_call_filled_is_refused() -> None:
     plain = model(ids, use_cache=False)
     assert torch.equal(out.logits, plain.logits)
     assert dropping.calls[first] == [2, 2]
+    assert [out.past_key_values.get_seq_length(layer) for layer in range(3)] == [0, 7, 7]
     with pytest.raises(ValueError, match=r"with a cache that an earlier call filled.*use_cache=False"):
         model(ids[:, :1], past_key_values=out.past_key_values)
     generated = model.eval().generate(ids, max_new_tokens=3, do_sample=False)

@@ -203,6 +203,15 @@ def test_it_stops_at_a_number_of_examples_and_takes_frozen_models() -> None:
         torch.testing.assert_close(limited.importance[name], values)
 
 
+def test_uneven_batches_count_each_example_once() -> None:
+    model, rows = wider("gpt2"), batch(7)
+    parts = [{name: value[i:j] for name, value in rows.items()} for i, j in ((0, 4), (4, 5), (5, 7))]
+    whole, apart = (head_importance(model, batches, loss=loss_of) for batches in ([rows], parts))
+    for name, values in whole.importance.items():
+        torch.testing.assert_close(apart.importance[name], values, rtol=1e-4, atol=1e-5)
+    assert apart.loss == pytest.approx(whole.loss)
+
+
 def test_choices_of_one_example_are_added_up() -> None:
     """An example of two rows in the model, as in multiple choice."""
     model = wider("bert").eval()
