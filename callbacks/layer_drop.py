@@ -28,7 +28,7 @@ class LayerDrop(Callback):
 
     Blocks are wrapped as they are, of whichever family
     (:class:`lightning_ft.functional.layer_drop.DroppableBlocks`). One that makes something which all others need, as
-    the lowest of a T5, always runs; ``report`` names it.
+    the lowest of a T5, always runs; ``report`` names it. DDP needs no ``find_unused_parameters``; FSDP works, too.
 
     After training any number of blocks can go with no further tuning, best every other one:
     ``LayerRemoval("alternate")``, or :func:`lightning_ft.functional.layer_removal.remove_layers`.

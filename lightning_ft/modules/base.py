@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -347,7 +348,17 @@ class TransformerModule(LightningModule):
         return module.to(map_location)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open."""
+        """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open.
+
+        Raises:
+            ValueError: Weights of the model are computed when it runs, so that no file would hold them.
+        """
+        if computed := [name for name, child in self.model.named_modules() if parametrize.is_parametrized(child)]:
+            raise ValueError(
+                f"the weights of {computed[0]} and {len(computed) - 1} more are computed when the model runs "
+                "(MovementPruning or another parametrisation), and the Auto classes would not find them: call "
+                "lightning_ft.export.export_hf, which writes what they compute"
+            )
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)

@@ -401,6 +401,8 @@ def test_a_pruned_model_of_each_kind(kind: Kind, tmp_path: Path) -> None:
         assert torch.equal(logits, module.eval()(batch))
         torch.testing.assert_close(_baked(loaded).eval()(batch), logits, rtol=0, atol=1e-5)
     found = masked_weights(loaded)
+    with pytest.raises(ValueError, match=r"are computed when the model runs \(MovementPruning .*export_hf"):
+        loaded.save_pretrained(tmp_path / "wrong")
     export_hf(path, tmp_path / "folder")
     opened = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "folder").eval()
     given = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
