@@ -15,7 +15,7 @@ class OwnRate:
 
     Their rate follows the optimiser's schedule: it is ``rate`` where that is at its base rate (of OneCycleLR, at its
     highest). The groups, their state dicts and schedulers stay the optimiser's own. Make it in ``on_train_start``, when
-    others (DiscriminativeLR) have put their hooks: it splits after them, and joins before them.
+    others have put their hooks: it splits after them, and joins before them. A factor of DiscriminativeLR applies, too.
 
     Args:
         owner: Name of the callback, for messages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -49,8 +50,8 @@ class MovementPruning(Callback):
 
     v and τ follow a cubic from the end of ``warmup`` to the beginning of ``cooldown``, in which they stand. (The paper
     counts steps; here it is the share of training that is done.) Masks are chosen anew in the ``on_train_batch_end``
-    after an optimiser step, and not after one that an fp16 overflow skipped; they stand through an accumulation window
-    and depend on nothing that differs between ranks.
+    after an optimiser step, and not after one that an fp16 overflow skipped (which a fused optimiser does not tell);
+    they stand through an accumulation window and depend on nothing that differs between ranks.
 
     The scores train in the module's own optimiser, at ``score_learning_rate`` times whatever share of its base rate the
     optimiser is at, and without weight decay. Their gradients are hundreds of times larger than the weights': the
@@ -117,7 +118,7 @@ class MovementPruning(Callback):
         self.score_learning_rate = score_learning_rate
         self.penalty = penalty
         self.report: Report | None = None
-        places = None if layers is None else {"blocks": layers.blocks, "head": layers.head, "groups": layers.groups}
+        places = None if layers is None else asdict(layers)
         self._altering = Altering("movement_pruning", {"mode": mode, "layers": places})
         self._masked: list[Masked] = []
         self._scores: list[nn.Parameter] = []

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
@@ -495,6 +496,22 @@ def test_the_durations_of_a_known_length_are_shares() -> None:
     assert callback._ends == (0.25, 0.5)
     FILTERED.fit(callback := MovementPruning(0.5, warmup="3 steps"), max_steps=6, max_epochs=-1)
     assert callback._ends == (0.5, 0.8)
+
+
+def test_logs_its_level_and_what_it_keeps() -> None:
+    told: list[tuple[int | None, dict[str, float]]] = []
+
+    class Told(DummyLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            told.append((step, dict(metrics)))
+
+    callback = MovementPruning(0.25, warmup=0, cooldown=0)
+    FILTERED.fit(callback, logger=Told(), log_every_n_steps=4, limit_val_batches=0)
+    ours = [(step, metrics) for step, metrics in told if "pruning/level" in metrics]
+    assert [step for step, _ in ours] == [4, 8, 12]
+    for step, metrics in ours:
+        assert metrics["pruning/level"] == pytest.approx(cubic(1.0, 0.25, step / 12))  # type: ignore[operator]
+        assert metrics["pruning/sparsity"] == pytest.approx(1 - metrics["pruning/level"], abs=1e-2)
 
 
 def test_layers_said_by_hand() -> None:
