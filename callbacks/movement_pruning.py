@@ -20,19 +20,16 @@ from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length, t
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration
-from lightning_ft.functional.movement import (
+from lightning_ft.functional.masked_weights import (
     Masked,
     Mode,
-    Scope,
-    add_penalty_grad_,
     check_masks,
     check_mode,
-    cubic,
     masked_weights,
     refuse_sharded,
     sparsity,
-    update_masks,
 )
+from lightning_ft.functional.movement import Scope, add_penalty_grad_, cubic, update_masks
 
 
 class MovementPruning(Callback):
@@ -58,9 +55,8 @@ class MovementPruning(Callback):
     trainer's clipping takes them apart. (In manual optimisation, if that calls ``self.clip_gradients``.)
 
     Checkpoints hold W, S and the masks (which must keep as many weights as were chosen), so that training goes on from
-    them. What is exported from them has W′ for
-    plain weights, of which the pruned ones are exactly 0; :func:`lightning_ft.functional.movement.bake` does the same
-    to a module in place.
+    them. What is exported from them has W′ for plain weights, of which the pruned ones are exactly 0;
+    :func:`lightning_ft.functional.masked_weights.bake` does the same to a module in place.
 
     Args:
         final: v or τ in the end; by default 0.15, for ``soft`` 0.1, as in the paper.
@@ -76,8 +72,9 @@ class MovementPruning(Callback):
         report: The table of all matrices, when training has ended.
 
     Raises:
-        ValueError: An argument is out of range; what :func:`~lightning_ft.functional.movement.mask_weights` refuses; an
-            optimiser that does not hold the scores; training has no end; sharded strategies, DeepSpeed.
+        ValueError: An argument is out of range; what
+            :func:`~lightning_ft.functional.masked_weights.mask_weights` refuses; an optimiser that does not hold the
+            scores; training has no end; sharded strategies, DeepSpeed.
 
     Example:
         >>> from lightning.pytorch import Trainer

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_ft.functional.movement import check_masks, masked_weights
+from lightning_ft.functional.masked_weights import check_masks, masked_weights
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ _Result = TypeVar("_Result")
 _DONE = "_lightning_ft_alterations"
 
 # By name, so that a checkpoint names no code that is not here.
-_KINDS: dict[str, str] = {"movement_pruning": "movement:mask_weights"}
+_KINDS: dict[str, str] = {"movement_pruning": "masked_weights:mask_weights"}
 """Kind to ``module:function``, relative to ``lightning_ft.functional``; the function takes the module and settings."""
 
 

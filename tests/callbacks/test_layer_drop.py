@@ -307,7 +307,7 @@ def test_drops_in_training_and_leaves_no_trace(stranger: Stranger) -> None:
     assert [row["called"] for row in callback.report.rows] == [4 * BATCHES] * 3
     dropped = sum(row["dropped"] for row in callback.report.rows)
     assert dropped == sum(len(names) for names in calls.dropped) > 0
-    assert len({tuple(names) for names in calls.dropped}) > 3
+    assert len({tuple(names) for names in calls.dropped}) > 4  # other blocks within an epoch, too
     assert "forward" not in {key for child in module.modules() for key in vars(child)}
     tokens = dataset().tensors[0]
     assert torch.equal(module.eval()(tokens), module(tokens))

@@ -21,7 +21,8 @@ from lightning_ft.core.layers import Layers
 from lightning_ft.data import ClassificationData
 from lightning_ft.export import export_hf, export_onnx, load_session
 from lightning_ft.functional.alterations import load_altered
-from lightning_ft.functional.movement import Mode, bake, cubic, kept_count, masked_weights
+from lightning_ft.functional.masked_weights import Mode, bake, masked_weights
+from lightning_ft.functional.movement import cubic, kept_count
 from lightning_ft.modules import SequenceClassification, load_checkpoint
 from tests.pretrained import Kind, pretrained
 from tests.strangers import BATCHES, FILTERED, STRANGERS, Filtered, Stranger, dataset, identical, outcome, weights
@@ -561,6 +562,6 @@ def test_a_mask_that_was_changed_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_refuses_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ft.functional.movement.is_piece", lambda p: True)
+    monkeypatch.setattr("lightning_ft.functional.masked_weights.is_piece", lambda p: True)
     with pytest.raises(ValueError, match=r"chooses among all scores of a matrix.*train with DDP"):
         FILTERED.fit(MovementPruning())

@@ -12,20 +12,16 @@ from torch.nn.utils import parametrize
 
 from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.core.layer_groups import LayerGroups
-from lightning_ft.functional.movement import (
+from lightning_ft.functional.masked_weights import (
     MaskedWeight,
     Mode,
-    add_penalty_grad_,
     bake,
     check_masks,
-    cubic,
-    kept_count,
     mask_weights,
     masked_weights,
     sparsity,
-    top_mask,
-    update_masks,
 )
+from lightning_ft.functional.movement import add_penalty_grad_, cubic, kept_count, top_mask, update_masks
 from tests.strangers import Filtered
 from tests.tiny import tiny
 
