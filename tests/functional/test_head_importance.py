@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_ft.functional.attention_heads import HeadProjection, find_heads
 from lightning_ft.functional.head_importance import (
     HeadScores,
+    _lowest,
     gated,
     head_importance,
     prune_heads,
@@ -264,6 +265,11 @@ def test_rounds_keep_a_head_in_each_layer_and_take_the_least_needed_first() -> N
     }
     assert report.facts["loss by round"][0] == pytest.approx(first.loss)
     assert report.facts["loss by round"][-1] == pytest.approx(left.loss)
+
+
+def test_the_last_head_of_a_layer_stays_though_it_is_least_needed() -> None:
+    scores = HeadScores({"a.o": torch.tensor([0.1]), "b.o": torch.tensor([0.8, 0.6])}, 4, 0.5)
+    assert _lowest(scores, {}, {"a.o": 1, "b.o": 2}, 3) == [("b.o", 1)]
 
 
 def test_a_picture_and_a_table(tmp_path: Path) -> None:
