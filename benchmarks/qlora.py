@@ -56,12 +56,15 @@ def main() -> None:
     if not (options.data / "train.jsonl").is_file():
         raise SystemExit(f"{options.data / 'train.jsonl'} does not exist: pass --data FOLDER")
     options.model = options.runs / "model"
-    options.epochs, options.rows, options.dev = (1, 4, 2) if options.quick else (2, None, None)
+    options.epochs, options.rows, options.dev = (1, 4, 2) if options.quick else (1, None, None)
     if options.child:
         print(json.dumps(train(options, options.child)))
         return
     options.runs.mkdir(parents=True, exist_ok=True)
-    tiny(options.model) if options.quick else smollm2(options.wheel, options.model)
+    if not options.quick:
+        smollm2(options.wheel, options.model)
+    elif not (options.model / "config.json").is_file():
+        tiny(options.model)
     found = {method: kept(options.runs, method, partial(in_a_process, method)) for method in METHODS}
     rows: list[Row] = [
         {"method": method, **{name: value for name, value in told.items() if name not in ("losses", "answer")}}
@@ -70,7 +73,7 @@ def main() -> None:
     publish(
         "qlora",
         options.results,
-        setting=f"{'A tiny model' if options.quick else 'SmolLM2-135M'}, self_instruct, {options.epochs} epochs, batch "
+        setting=f"{'A tiny model' if options.quick else 'SmolLM2-135M'}, self_instruct, one epoch, batch "
         "2 x 4 accumulated, at most 256 tokens a row, learning rate 5e-5 (full) and 5e-4, linear decay after a tenth "
         "of warm-up, clipping at 1; one seed. MB are 10^6 bytes.",
         tables={"QLoRA": rows},

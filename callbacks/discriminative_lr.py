@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_ft.callbacks._split_rates import SplitRates
 from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.core.layer_groups import LayerGroups
 from lightning_ft.core.layers import Layers
@@ -70,7 +69,7 @@ class DiscriminativeLR(Callback):
         self.rates = dict(rates or {})
         self.layers = layers or Layers()
         self._factors: dict[str, float] = {}
-        self._splits: list[_SplitWhileStepping] = []
+        self._splits: list[SplitRates] = []
 
     def groups(self, module: LightningModule) -> LayerGroups:
         """The layer groups of this module, as this callback sees them."""
@@ -96,7 +95,8 @@ class DiscriminativeLR(Callback):
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, torch.optim.LBFGS):
                 raise TypeError("DiscriminativeLR needs an optimiser with parameter groups, and LBFGS has one rate")
-            self._splits.append(_SplitWhileStepping(optimizer, factors))
+            _refuse_strange(optimizer, factors)
+            self._splits.append(SplitRates(optimizer, factors))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,50 +118,10 @@ class DiscriminativeLR(Callback):
         self._splits.clear()
 
 
-class _SplitWhileStepping:
-    """Two hooks on an optimiser that split its groups by factor for the duration of one ``step()``."""
-
-    def __init__(self, optimizer: Optimizer, factors: Mapping[int, float]) -> None:
-        strange = sum(id(p) not in factors for group in optimizer.param_groups for p in group["params"])
-        if strange:
-            raise ValueError(
-                f"{type(optimizer).__name__} holds {strange} parameters that are not the LightningModule's, so they "
-                "have no depth: register their module as an attribute of the LightningModule"
-            )
-        self._optimizer = optimizer
-        self._factors = factors
-        self._own: list[dict[str, Any]] | None = None
-        self._before = optimizer.register_step_pre_hook(self._split)
-        self._after: RemovableHandle = optimizer.register_step_post_hook(self._join)
-
-    def _split(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._join(optimizer, args, kwargs)  # a step that raised left the groups split
-        # Registered anew at each step so as to run last: other post-hooks see the rates that were used.
-        self._after.remove()
-        self._after = optimizer.register_step_post_hook(self._join)
-        self._own = optimizer.param_groups
-        optimizer.param_groups = [part for group in self._own for part in self._parts(group)]
-
-    def _parts(self, group: dict[str, Any]) -> list[dict[str, Any]]:
-        by_factor: dict[float, list[Any]] = {}
-        for parameter in group["params"]:
-            by_factor.setdefault(self._factors[id(parameter)], []).append(parameter)
-        return [{**group, "params": parameters, "lr": group["lr"] * factor} for factor, parameters in by_factor.items()]
-
-    def _join(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._own is None:
-            return
-        parts = iter(optimizer.param_groups)
-        for group in self._own:
-            # Some optimisers keep running values in the group itself (a step count, an estimated scale). After a step
-            # that raised, rates and decays may still be another hook's.
-            pieces = [next(parts) for _ in {self._factors[id(p)] for p in group["params"]}]
-            kept = ("params", "lr", "weight_decay")
-            group.update({k: v for piece in pieces[:1] for k, v in piece.items() if k not in kept})
-        optimizer.param_groups = self._own
-        self._own = None
-
-    def remove(self) -> None:
-        self._join(self._optimizer, (), {})
-        self._before.remove()
-        self._after.remove()
+def _refuse_strange(optimizer: Optimizer, factors: Mapping[int, float]) -> None:
+    strange = sum(id(p) not in factors for group in optimizer.param_groups for p in group["params"])
+    if strange:
+        raise ValueError(
+            f"{type(optimizer).__name__} holds {strange} parameters that are not the LightningModule's, so they "
+            "have no depth: register their module as an attribute of the LightningModule"
+        )

@@ -34,6 +34,12 @@ def mark_base(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
             setattr(child, _MARK, vars(child).get(_MARK, set()) | names)
 
 
+def unmark_base(module: nn.Module) -> None:
+    """Forget what :func:`mark_base` marked, since it was changed, as by a merge. Flags stay as they are."""
+    for child in module.modules():
+        vars(child).pop(_MARK, None)
+
+
 def base_names(module: nn.Module) -> set[str]:
     """Names, as in ``named_parameters(remove_duplicate=False)``, of what :func:`mark_base` marked."""
     return {f"{path}{name}" for path, child in _marked(module) for name in vars(child)[_MARK]}

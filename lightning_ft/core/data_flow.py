@@ -59,26 +59,44 @@ def first_fed(
             mark(index, (args, kwargs))
 
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-            _ZeroScalars(),  # type: ignore[no-untyped-call]
-            _no_autocast(),
-        ):
-            warnings.simplefilter("ignore")
-            twin = _meta_twin(module, twins, tensors, whole)
+        with torch.enable_grad(), meta_run(module, twins, tensors, whole) as (twin, ids):
             originals: dict[Any, Any] = {copied: tensor for tensor, copied in tensors.items()}
             for index, block in enumerate(blocks):
                 twins[block].register_forward_pre_hook(partial(enter, index), with_kwargs=True)
-            output = list(_tensors(twin(**_dummy_ids(twin))))
+            output = list(_tensors(twin(**ids)))
             if not any(tensor.requires_grad for tensor in output):
                 raise ValueError("the output holds no tensor in tuples, lists or mappings")
             mark(len(blocks), output)
     except Exception as error:  # noqa: BLE001 - a stranger's forward may raise anything
         return feeds, error
     return feeds, None
+
+
+@contextmanager
+def meta_run(
+    module: nn.Module,
+    twins: dict[nn.Module, nn.Module],
+    tensors: dict[Tensor, Tensor] | None = None,
+    shapes: Mapping[Any, torch.Size] | None = None,
+) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
+    """A copy of a module, on the meta device and in eval mode, and token ids to call it with; for the run of it.
+
+    Args:
+        module: Left as it is.
+        twins: Filled with the copy of each module.
+        tensors: Filled with the copy of each tensor.
+        shapes: Whole shapes of parameters of which this process holds a piece.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        _ZeroScalars(),  # type: ignore[no-untyped-call]
+        _no_autocast(),
+    ):
+        warnings.simplefilter("ignore")
+        twin = _meta_twin(module, twins, {} if tensors is None else tensors, shapes or {})
+        yield twin, _dummy_ids(twin)
 
 
 class _ZeroScalars(TorchDispatchMode):  # type: ignore[no-untyped-call]

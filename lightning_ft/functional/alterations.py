@@ -26,7 +26,15 @@ _Result = TypeVar("_Result")
 _DONE = "_lightning_ft_alterations"
 
 # By name, so that a checkpoint names no code that is not here.
-_KINDS: dict[str, str] = {"movement_pruning": "masked_weights:mask_weights"}
+_KINDS: dict[str, str] = {
+    "adapter_fusion": "adapter_fusion:add_fusion",
+    "adapter_stack": "bottleneck:use_adapters",
+    "bit_fit": "bit_fit:bit_fit",
+    "bottleneck_adapters": "bottleneck:add_adapters",
+    "frozen_adapters": "bottleneck:add_frozen_adapters",
+    "movement_pruning": "masked_weights:mask_weights",
+    "peft": "peft_methods:adapt",
+}
 """Kind to ``module:function``, relative to ``lightning_ft.functional``; the function takes the module and settings."""
 
 
@@ -48,12 +56,22 @@ def alter(module: nn.Module, kind: str, settings: Mapping[str, Any]) -> Report:
         ValueError: There is no such kind; or what the change itself refuses.
     """
     report = _function(kind)(module, **settings)
+    remember(module, kind, settings)
+    return report
+
+
+def remember(module: nn.Module, kind: str, settings: Mapping[str, Any]) -> None:
+    """Let checkpoints remember a change that was made by other means than :func:`alter`, which would make it again."""
     vars(module)[_DONE] = [*alterations(module), {"kind": kind, "settings": dict(settings)}]
     if hasattr(module, "on_save_checkpoint") and "on_save_checkpoint" not in vars(module):
         # On the instance, and with the module as an argument: a copy of the module has hooks of its own.
         vars(module)["on_save_checkpoint"] = partial(_on_save_checkpoint, module)
         vars(module)["on_load_checkpoint"] = partial(_on_load_checkpoint, module)
-    return report
+
+
+def forget(module: nn.Module, kind: str) -> None:
+    """Let checkpoints forget the changes of a kind, which were undone or are part of the plain weights now."""
+    vars(module)[_DONE] = [record for record in alterations(module) if record["kind"] != kind]
 
 
 def alterations(module: nn.Module) -> list[dict[str, Any]]:

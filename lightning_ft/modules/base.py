@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_ft.functional.alterations import PART, check_alterations, restore
 from lightning_ft.functional.learning_rates import decay_groups, slanted_triangular, warmup_then
 from lightning_ft.functional.likelihood import Likelihood
+from lightning_ft.functional.peft_merge import plain_model
 from lightning_ft.modules.checkpoint import (
     KEY,
     Architecture,
@@ -262,6 +263,9 @@ class TransformerModule(LightningModule):
         optimizer = torch.optim.AdamW(
             decay_groups(self, self.weight_decay), lr=self.learning_rate, fused=self._can_fuse()
         )
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            # Lightning refuses to clip for an optimiser that says it unscales; in bf16-mixed, too, which has no scale.
+            optimizer._step_supports_amp_scaling = False
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -350,8 +354,11 @@ class TransformerModule(LightningModule):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder (safetensors, configuration, tokenizer) that the Auto classes open.
 
+        Adapters of peft are merged, in a copy.
+
         Raises:
-            ValueError: Weights of the model are computed when it runs, so that no file would hold them.
+            ValueError: The adapters make prompts, which no weights can take in; weights of the model are computed when
+                it runs, so that no file would hold them.
         """
         if computed := [name for name, child in self.model.named_modules() if parametrize.is_parametrized(child)]:
             raise ValueError(
@@ -359,7 +366,7 @@ class TransformerModule(LightningModule):
                 "(MovementPruning or another parametrisation), and the Auto classes would not find them: call "
                 "lightning_ft.export.export_hf, which writes what they compute"
             )
-        self.model.save_pretrained(folder)
+        plain_model(self.model).save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing
 from lightning_ft.callbacks._rate_factor import RateFactor
-from lightning_ft.callbacks.discriminative_lr import _SplitWhileStepping
+from lightning_ft.callbacks._split_rates import SplitRates
 from lightning_ft.core import LayerGroups, Layers
 from lightning_ft.core.norms import is_norm
 from lightning_ft.core.phases import Phase, Stage
@@ -218,7 +218,7 @@ def test_factors_of_phase_and_depth_multiply_whichever_was_there_first(first: bo
     low, high = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([low, high], lr=1.0)
     phase = RateFactor("owner", [optimizer]) if first else None
-    depth = _SplitWhileStepping(optimizer, {id(low): 0.5, id(high): 1.0})
+    depth = SplitRates(optimizer, {id(low): 0.5, id(high): 1.0})
     phase = phase or RateFactor("owner", [optimizer])
     phase.value = 0.25
     for step in (1, 2):

@@ -13,7 +13,8 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from sklearn import metrics as reference
 from torch import Tensor
@@ -185,6 +186,20 @@ def test_fp16_with_clipping_is_not_fused(clip: float | None, fused: bool) -> Non
     fit(runner, model, batches(torch.arange(16) % 3))
     assert runner.optimizers[0].defaults["fused"] is fused
     assert not torch.equal(before, model.model.classifier.weight)
+
+
+def test_bf16_with_clipping_is_fused_and_clipped() -> None:
+    norms: list[float] = []
+
+    def note(trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        grads = [p.grad for p in module.parameters() if p.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0)
+
+    runner = trainer(max_epochs=1, precision="bf16-mixed", gradient_clip_val=1e-3)
+    runner.callbacks.append(LambdaCallback(on_before_zero_grad=note))
+    fit(runner, module(learning_rate=0.01, warmup=0), batches(torch.arange(32) % 3))
+    assert runner.optimizers[0].defaults["fused"]
+    assert norms[-1] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_slanted_triangle_rises_in_the_share_of_the_warm_up() -> None:
