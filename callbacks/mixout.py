@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new, warn_without_head
@@ -213,6 +214,12 @@ def _refuse_adapted(module: nn.Module) -> None:
             raise ValueError(
                 f"{name} is an adapter of peft: the pretrained weights below it are frozen, so there is nothing to put "
                 "back; use the adapter's own dropout (LoraConfig(lora_dropout=...)), or train all weights"
+            )
+        # A convolution's weight norm is none of its business.
+        if parametrize.is_parametrized(child) and not isinstance(child, nn.modules.conv._ConvNd):
+            raise ValueError(
+                f"{name} has a weight that is computed ({type(child).__name__}; MovementPruning, weight norm), and "
+                "Mixout mixes weights that are parameters: leave one of the two out"
             )
         weight = getattr(child, "weight", None)
         if isinstance(child, nn.Linear) and isinstance(weight, nn.Parameter) and not weight.is_floating_point():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from lightning_ft.functional.masked_weights import check_masks, masked_weights
 from lightning_ft.functional.quantise import dequantise
 from lightning_ft.functional.quantised_layers import QuantisedLinear
 
@@ -66,6 +67,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
     Raises:
         ValueError: An adapter cannot be merged.
+        RuntimeError: A mask of MovementPruning keeps another number of weights than was chosen.
     """
     found = list(_findings(model))
     if not found:
@@ -76,6 +78,8 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     dequantise(copied.cpu())
     _merge(copied)
     applied: list[Tensor] = []
+    if masked_weights(copied):
+        check_masks(copied)
     for module in list(copied.modules()):
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):

@@ -33,6 +33,7 @@ _KINDS: dict[str, str] = {
     "bit_fit": "bit_fit:bit_fit",
     "bottleneck_adapters": "bottleneck:add_adapters",
     "frozen_adapters": "bottleneck:add_frozen_adapters",
+    "movement_pruning": "masked_weights:mask_weights",
     "peft": "peft_methods:adapt",
     "diff_pruning": "diff_pruning:diff_prune",
     "intrinsic_dimension": "intrinsic_dimension:restrict_to_subspace",

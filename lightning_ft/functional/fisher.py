@@ -167,7 +167,7 @@ class FisherEstimate:
                 'take variant="empirical", which needs only a loss'
             )
         if likelihood is None and loss is None:
-            loss = _training_step(module)
+            loss = training_step_loss(module)
         self.module = module
         self.variant: Variant = variant
         self.limit = limit
@@ -430,7 +430,12 @@ def _terms(module: Any, batch: Any) -> Likelihood:
     return terms
 
 
-def _training_step(module: Any) -> Loss:
+def training_step_loss(module: Any) -> Loss:
+    """A loss that is what the module's ``training_step`` returns, while it logs nothing.
+
+    Raises:
+        ValueError: It has none that only computes.
+    """
     if not callable(getattr(module, "training_step", None)):
         raise ValueError(
             f"{type(module).__name__} has no training_step: give loss=, a function of module and batch, or likelihood="

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.utils import parametrize
 from torchmetrics import Metric, MetricCollection
 from typing_extensions import override
 
@@ -356,8 +357,15 @@ class TransformerModule(LightningModule):
         Adapters of peft are merged, in a copy.
 
         Raises:
-            ValueError: The adapters make prompts, which no weights can take in.
+            ValueError: The adapters make prompts, which no weights can take in; weights of the model are computed when
+                it runs, so that no file would hold them.
         """
+        if computed := [name for name, child in self.model.named_modules() if parametrize.is_parametrized(child)]:
+            raise ValueError(
+                f"the weights of {computed[0]} and {len(computed) - 1} more are computed when the model runs "
+                "(MovementPruning or another parametrisation), and the Auto classes would not find them: call "
+                "lightning_ft.export.export_hf, which writes what they compute"
+            )
         plain_model(self.model).save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
