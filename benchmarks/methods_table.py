@@ -4,7 +4,7 @@
 
 writes `benchmarks/results/methods.json` and `methods.md`. Cells are those of `tests/methods.py`: tiny random models
 with real tokenizers, two epochs of sixteen rows with dropout, shuffling, accumulation 2 and validation in mid-epoch. A
-cell that breaks a promise stops the script. To add a method, append to `METHODS` there.
+cell that breaks a promise stops the script. To add a method, append to `METHODS` in `tests/method_rows.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from _kept import kept  # noqa: E402
 from _timing import machine, save  # noqa: E402
 
 from lightning_ft.core.files import atomic_file  # noqa: E402
-from tests.methods import KINDS, METHODS, PROPERTIES, measure  # noqa: E402
+from tests.method_rows import METHODS  # noqa: E402
+from tests.methods import KINDS, PROPERTIES, measure  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 TITLES = {

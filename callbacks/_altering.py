@@ -16,19 +16,22 @@ class Altering:
     """Alter the module when it is built, unless just that was done to it already.
 
     It acts at every stage, since a checkpoint of the altered model is to be loaded before validation, test and
-    prediction, too. The model stays altered after the fit. Checkpoints are the module's own matter, see
+    prediction, too. The model stays altered after the fit. A precision plugin that quantises does so before, so that
+    what is added finds the layers that will run. Checkpoints are the module's own matter, see
     :func:`lightning_ft.functional.alterations.alter`.
 
     Args:
         kind: What :func:`~lightning_ft.functional.alterations.alter` knows it as.
         settings: Its plain arguments.
+        quantised: Whether it acts on quantised weights, where there are any; else the plugin quantises what it leaves.
 
     Attributes:
         report: Of the change; None where it was made before.
     """
 
-    def __init__(self, kind: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, kind: str, settings: Mapping[str, Any], *, quantised: bool = True) -> None:
         self.kind = kind
+        self.quantised = quantised
         self.settings = dict(settings)
         self.report: Report | None = None
         self._forget: Callable[[], None] | None = None
@@ -44,6 +47,9 @@ class Altering:
         self.report = None
 
         def act() -> None:
+            quantise = getattr(module.trainer.precision_plugin, "quantise", None)
+            if quantise is not None and self.quantised:
+                quantise(module)
             if not altered(module, self.kind, self.settings):
                 self.report = alter(module, self.kind, self.settings)
             if then is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,6 @@ from typing_extensions import override
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._quadratic_pull import pending_scale
 from lightning_ft.callbacks._split_rates import SplitRates
-from lightning_ft.callbacks._surgery import when_built
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
@@ -95,8 +93,11 @@ class PEFT(Callback):
         self.loraplus_ratio = loraplus_ratio
         self.layers = layers or Layers()
         where = {"transformer": module, "layers": None if layers is None else asdict(layers)}
-        self._altering = Altering("peft", {"config": self.config, "adapter": name, "seed": seed, **where})
-        self._forget: Callable[[], None] | None = None
+        self._altering = Altering(
+            "peft",
+            {"config": self.config, "adapter": name, "seed": seed, **where},
+            quantised=not changes_base(self.config),
+        )
         self._splits: list[SplitRates] = []
         self._hooks: list[RemovableHandle] = []
         self._stepping: list[Optimizer] = []
@@ -117,13 +118,7 @@ class PEFT(Callback):
                 f"config: DoRA measures the base's weights, which {type(trainer.precision_plugin).__name__} quantises: "
                 "use_dora=False, or train without quantisation"
             )
-        if quantise is None:
-            self._altering.setup(pl_module)
-        elif changes_base(self.config):  # what is left of the weights is quantised
-            self._altering.setup(pl_module, lambda: quantise(pl_module))
-        else:
-            self._forget = when_built(pl_module, lambda: quantise(pl_module))
-            self._altering.setup(pl_module)
+        self._altering.setup(pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -176,9 +171,6 @@ class PEFT(Callback):
 
     def _release(self) -> None:
         self._altering.release()
-        if self._forget is not None:
-            self._forget()
-            self._forget = None
         for split in self._splits:
             split.remove()
         self._splits = []

@@ -1,4 +1,4 @@
-"""The command line: LightningCLI with run folders, exact resume, plan and fisher; other commands are in `commands`."""
+"""The command line: LightningCLI with run folders, exact resume, plan, memory, fisher; others are in `commands`."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from typing_extensions import override
 from lightning_ft import callbacks as _callbacks
 from lightning_ft import data as _data
 from lightning_ft import modules as _modules
+from lightning_ft import plugins as _plugins
 from lightning_ft import schedulers as _schedulers
 from lightning_ft.callbacks import (
     DiscriminativeLR,
@@ -46,12 +47,13 @@ from lightning_ft.callbacks import (
 from lightning_ft.core.fisher import Variant
 from lightning_ft.fisher_pass import Split, fisher_of_task
 from lightning_ft.functional import decay_groups
+from lightning_ft.memory import memory
 from lightning_ft.modules.checkpoint import KEY, read_checkpoint
 from lightning_ft.plan import plan
 from lightning_ft.plugins import AtomicCheckpointIO
 
 # jsonargparse finds classes by their short names, in YAML and in --trainer.callbacks+=Name, once these are imported.
-_NAMED_IN_YAML = (_callbacks, _data, _modules, _schedulers)
+_NAMED_IN_YAML = (_callbacks, _data, _modules, _plugins, _schedulers)
 # What head and data must agree on: written once, with the model. A class that has no such argument is not asked.
 _SHARED = (
     *("problem", "scheme", "patterns", "verbalizer", "decoder", "calibrate"),
@@ -60,6 +62,7 @@ _SHARED = (
 _HELP = """
 further commands, with --help of their own:
   lightning-ft plan --config CONFIG        print phases, groups and rates before any training
+  lightning-ft memory --config CONFIG      predict the memory of training, by part, and what would lower it
   lightning-ft fisher --config CONFIG --ckpt_path CKPT --out FILE
                                            how much each parameter matters to a task, for EWC
   lightning-ft export CHECKPOINT OUT       write a folder for serving, proved equal to the checkpoint
@@ -67,12 +70,14 @@ further commands, with --help of their own:
   lightning-ft serve OUT                   answer over HTTP what the folder's model knows
   lightning-ft benchmark OUT ...           time exported models beside the same model in PyTorch
   lightning-ft soup CHECKPOINT ... --out OUT   average fine-tuned checkpoints, all or greedily (--greedy)
+  lightning-ft intrinsic_dimension search --config CONFIG --dims 100,1000
+                                           the smallest subspace in which training does nearly as well
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """
 
 
 class FineTuningTrainer(Trainer):
-    """Lightning's Trainer with the commands ``plan`` and ``fisher``."""
+    """Lightning's Trainer with the commands ``plan``, ``memory`` and ``fisher``."""
 
     def plan(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, plot: str | None = None
@@ -85,6 +90,16 @@ class FineTuningTrainer(Trainer):
             plot: Also draw it, into a file .png, .svg or .pdf.
         """
         for report in plan(self, model, datamodule, plot=plot):
+            print(report, end="\n\n")
+
+    def memory(self, model: LightningModule, datamodule: LightningDataModule | None = None) -> None:
+        """Predict how much memory training takes at its peak, by part, and what would lower it. No step is made.
+
+        Args:
+            model: The module.
+            datamodule: Its data, of which one batch is read.
+        """
+        for report in memory(self, model, datamodule):
             print(report, end="\n\n")
 
     def fisher(
@@ -185,8 +200,20 @@ class FineTuningCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        ours = {command: {"model", "datamodule"} for command in ("plan", "fisher")}
+        ours = {command: {"model", "datamodule"} for command in ("plan", "memory", "fisher")}
         return {**LightningCLI.subcommands(), **ours}
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        if not isinstance(args, dict | Namespace):
+            # bitsandbytes, which peft imports, has an AdamW, too: a bare name would say nothing.
+            args = list(sys.argv[1:] if args is None else args)
+            for i, before in enumerate(args[:-1]):
+                if before == "--optimizer" and hasattr(torch.optim, args[i + 1]):
+                    args[i + 1] = f"torch.optim.{args[i + 1]}"
+            self.config = parser.parse_args(args)
+        else:
+            super().parse_arguments(parser, args)
 
     @override
     def configure_optimizers(  # type: ignore[override]  # of the instance: it needs the configuration

@@ -320,6 +320,13 @@ def _typed(function: Callable[..., None], arguments: list[str]) -> None:
     auto_cli(function, args=arguments, as_positional=True, prog=f"lightning-ft {function.__name__}")
 
 
+def intrinsic_dimension(arguments: list[str]) -> None:
+    """``lightning-ft intrinsic_dimension search``: the smallest subspace in which training does nearly as well."""
+    from lightning_ft.intrinsic import command
+
+    command(arguments)
+
+
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = MappingProxyType(
     {
         "export": partial(_typed, export),
@@ -327,6 +334,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], None]] = MappingProxyType(
         "serve": serve,
         "benchmark": _benchmark,
         "soup": soup,
+        "intrinsic_dimension": intrinsic_dimension,
         "demo": demo,
     }
 )

@@ -285,8 +285,10 @@ class TransformerModule(LightningModule):
         return round(self.warmup * total) if self.warmup > 0 else 0
 
     def _can_fuse(self) -> bool:
-        # Fused optimisers unscale fp16 gradients inside step(), too late for clipping; Lightning refuses the pair.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        # Fused optimisers unscale fp16 gradients inside step(), too late for clipping; Lightning refuses the pair, and
+        # our plugin unscales before.
+        plugin = self.trainer.precision_plugin
+        scaled = getattr(plugin, "scaler", None) is not None and not getattr(plugin, "unscales_fused", False)
         clips = bool(self.trainer.gradient_clip_val)
         return self.device.type in ("cpu", "cuda", "mps", "xpu") and not (scaled and clips)
 

@@ -18,11 +18,10 @@ from lightning_ft.callbacks.peft import PEFT
 from lightning_ft.functional.peft_adapters import load_adapter, save_adapter
 from lightning_ft.functional.peft_merge import merge
 from lightning_ft.modules import SequenceClassification, load_checkpoint
+from lightning_ft.plugins import four_bit
 from tests.callbacks.test_peft import Stop, batch, fit, logits, make
 from tests.pretrained import Kind, pretrained
 
-four_bit = pytest.importorskip("lightning_ft.plugins.four_bit")
-pytest.importorskip("bitsandbytes")
 KINDS: tuple[Kind, ...] = ("bert", "gpt2", "llama")
 CONFIGS: dict[str, Any] = {
     "lora": lambda: peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1),
