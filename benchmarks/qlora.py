@@ -25,7 +25,6 @@ from argparse import SUPPRESS
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -191,11 +190,8 @@ def train(options: Any, method: str) -> dict[str, Any]:
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     saved = sum({t.data_ptr(): t.numel() * t.element_size() for t in state.values()}.values())
     checkpoint.unlink()
-    tenth = max(1, len(losses) // 10)
     return {
         **told,
-        "first losses": mean(losses[:tenth]),
-        "last losses": mean(losses[-tenth:]),
         "dev loss before": before,
         "dev loss after": after,
         "saved weights, MB": saved / 1e6,

@@ -25,12 +25,9 @@ class Adapters(Callback):
     """Adapters put in at the usual moment, after quantisation or before."""
 
     def __init__(self, early: bool) -> None:
-        self.early = early
-        self.altering = Altering(KIND, {"seed": 1})
+        self.altering = Altering(KIND, {"seed": 1}, quantised=early)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if self.early:
-            trainer.precision_plugin.quantise(pl_module)
         self.altering.setup(pl_module)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
