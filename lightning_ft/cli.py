@@ -383,6 +383,8 @@ def run(arguments: Sequence[str] | None = None, *, cli_class: type[FineTuningCLI
         arguments: The command line; that of the process by default.
         cli_class: The class of the command line.
     """
+    # peft's own default, when a configuration is made of all its arguments.
+    warnings.filterwarnings("ignore", message="`loftq_config` specified but will be ignored", category=UserWarning)
     return cli_class(
         trainer_class=FineTuningTrainer,
         save_config_callback=SaveFitConfig,

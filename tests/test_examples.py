@@ -28,6 +28,7 @@ EXAMPLES: dict[str, tuple[Any, Any, str, str, dict[str, Any]]] = {
     "mlm": ("roberta", hf.AutoModelForMaskedLM, "imdb_unlabelled", "val_perplexity", {"predict": "prompts"}),
     "clm": ("gpt2", hf.AutoModelForCausalLM, "wikitext2", "val_perplexity", {"predict": "prompts"}),
     "instructions": ("llama", hf.AutoModelForCausalLM, "self_instruct", "val_perplexity", {"max_length": 1024}),
+    "qlora": ("llama", hf.AutoModelForCausalLM, "self_instruct", "val_perplexity", {"max_length": 1024}),
     "summarisation": (
         "t5",
         hf.AutoModelForSeq2SeqLM,
@@ -48,6 +49,7 @@ EXAMPLES: dict[str, tuple[Any, Any, str, str, dict[str, Any]]] = {
 MODEL = {
     "clm": {"max_new_tokens": 8},
     "instructions": {"max_new_tokens": 8},
+    "qlora": {"max_new_tokens": 8},
     "summarisation": {"max_new_tokens": 8},
     "translation": {"max_new_tokens": 8, "allow_pickle": False},
     "cloze": {"patterns": ["{text} It was {mask}."], "verbalizer": {"0": ["a"], "1": ["s"]}},
@@ -114,7 +116,7 @@ def test_configuration_trains_and_predicts_on_real_data(
     files = {"train": train, "val": dev, "predict": head(asked, 5, tmp_path / "predict.jsonl")}
     config["data"]["init_args"] |= {"max_length": 64, "batch_size": 4, **columns, **files}
     config["data"]["init_args"].pop("val_fraction", None)
-    wide = {"max_position_embeddings": 2048} if example == "instructions" else {}
+    wide = {"max_position_embeddings": 2048} if example in ("instructions", "qlora") else {}
     folder = pretrained(tmp_path / "model", kind, auto_class, **wide)
     config["model"]["init_args"] |= {"pretrained": folder, **MODEL.get(example, {})}
     fitted = train_and_predict(config, tmp_path, monkeypatch)
