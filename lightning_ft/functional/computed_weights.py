@@ -25,8 +25,14 @@ def pretrained_weights(module: nn.Module, layers: Mapping[str, Any] | None, what
         what: Who asks, for messages.
 
     Raises:
-        ValueError: There is none; the module is altered already; weights are sharded.
+        ValueError: There is none; the module is quantised or altered already; weights are sharded.
     """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear) and not child.weight.is_floating_point():
+            raise ValueError(
+                f"{name} has quantised weights ({type(child).__name__}), and {what} computes with floats: load the "
+                "model without quantisation, or train adapters over it (PEFT, BottleneckAdapters)"
+            )
     if altered := base_names(module):
         raise ValueError(
             f"{what} changes what pretrained weights are read as, and {type(module).__name__} is altered already "

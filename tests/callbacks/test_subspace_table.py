@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lightning_ft.callbacks.diff_pruning import DiffPruning
 from lightning_ft.callbacks.intrinsic_dimension import IntrinsicDimension
-from tests.methods import KINDS, Method, measure
+from lightning_ft.plugins import FourBit
+from tests.methods import KINDS, Method, fit, measure
 from tests.pretrained import Kind
 
 ROWS = {
@@ -27,3 +30,11 @@ def test_keeps_every_promise(name: str, kind: Kind, exports: bool) -> None:
     assert found["saves"] < 0.05  # bytes of the checkpoint's weights over the base's
     if name != "diff-pruning":  # whose gates and offsets train where a share of them is kept
         assert found["share"] < 0.05
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_quantised_weights_are_refused(name: str, tmp_path: Path) -> None:
+    make, (kind, *_) = ROWS[name].make, KINDS
+    over_four_bits = Method(lambda: (make()[0], [FourBit()]))
+    with pytest.raises(ValueError, match=r"has quantised weights \(QuantisedLinear\), and \w+ computes with floats"):
+        fit(kind, over_four_bits, tmp_path)
