@@ -108,14 +108,14 @@ def test_own_rates_of_two_owners_nest() -> None:
 def test_an_own_rate_follows_schedules_and_other_factors() -> None:
     a, b, c = scalars(3)
     first = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=2.0)
-    schedule = LambdaLR(first, lambda step: 0.5**step)
+    schedule = LambdaLR(first, lambda step: 0.5 ** (step + 1))  # below its base from the start
     second = torch.optim.SGD([c], lr=1.0)
     cycle = OneCycleLR(second, 4.0, total_steps=10, cycle_momentum=False)
     own_rates("Owner", [first, second], {b: 8.0, c: 1.0})
     SplitRates(first, {id(b): 0.25})
-    assert moved(first, a, b) == [2.0, 2.0]
-    schedule.step()
     assert moved(first, a, b) == [1.0, 1.0]
+    schedule.step()
+    assert moved(first, a, b) == [0.5, 0.5]
     assert moved(second, c) == pytest.approx([1 / 25])  # a cycle begins at a 25th of its highest rate
     while cycle.get_last_lr() != [4.0]:
         cycle.step()
