@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
-from lightning_ft.callbacks._own_rates import OwnRates
 from lightning_ft.callbacks._quadratic_pull import pending_scale
+from lightning_ft.callbacks._split_rates import SplitRates, own_rates
 from lightning_ft.callbacks._trainer import (
     WindowTracker,
     refuse_deepspeed,
@@ -100,12 +100,11 @@ class DiffPruning(Callback):
         self.report: Report | None = None
         self._penalty = ExpectedL0(self.gates, penalty)
         self._altering: Altering | None = None
-        self._rates: OwnRates | None = None
         self._offsets: list[SparseOffset] = []
         self._fixed = False
         self._window = WindowTracker()
         self._flags: list[tuple[torch.nn.Parameter, bool]] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | SplitRates] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -137,9 +136,8 @@ class DiffPruning(Callback):
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "register_step_post_hook"):
                 self._handles.append(optimizer.register_step_post_hook(lambda *_: moment.drop()))
-        self._rates = OwnRates(
-            "DiffPruning", trainer.optimizers, {gate: self.gate_rate for o in self._offsets for gate in _gates(o)}
-        )
+        rates = {gate: self.gate_rate for offset in self._offsets for gate in _gates(offset)}
+        self._handles += own_rates("DiffPruning", trainer.optimizers, rates)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -223,9 +221,6 @@ class DiffPruning(Callback):
     def _release(self) -> None:
         if self._altering is not None:
             self._altering.release()
-        if self._rates is not None:
-            self._rates.remove()
-            self._rates = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

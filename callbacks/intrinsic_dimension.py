@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
-from lightning_ft.callbacks._own_rates import OwnRates
+from lightning_ft.callbacks._split_rates import SplitRates, own_rates
 from lightning_ft.callbacks._trainer import WindowTracker, refuse_deepspeed
 from lightning_ft.core.layers import Layers
 from lightning_ft.functional.intrinsic_dimension import Subspace, subspace_of
@@ -74,10 +74,9 @@ class IntrinsicDimension(Callback):
         self.seed = seed
         self.layers = layers
         self._altering: Altering | None = None
-        self._rates: OwnRates | None = None
         self._subspace: Subspace | None = None
         self._window = WindowTracker()
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | SplitRates] = []
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -109,7 +108,7 @@ class IntrinsicDimension(Callback):
                 self._handles.append(optimizer.register_step_post_hook(lambda *_: moment.drop()))
         if self.rate is not None:
             rates = dict.fromkeys(self._subspace.parameters(), self.rate)
-            self._rates = OwnRates("IntrinsicDimension", trainer.optimizers, rates)
+            self._handles += own_rates("IntrinsicDimension", trainer.optimizers, rates)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +179,4 @@ class IntrinsicDimension(Callback):
         self._handles.clear()
         if self._altering is not None:
             self._altering.release()
-        if self._rates is not None:
-            self._rates.remove()
-            self._rates = None
         self._subspace = None

@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
-from lightning_ft.callbacks._own_rate import OwnRate, base_rates
 from lightning_ft.callbacks._quadratic_pull import pending_scale
 from lightning_ft.callbacks._separate_clipping import SeparateClipping
+from lightning_ft.callbacks._split_rates import own_rates
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length, training_progress
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
@@ -120,7 +120,6 @@ class MovementPruning(Callback):
         self._masked: list[Masked] = []
         self._scores: list[nn.Parameter] = []
         self._handles: list[Any] = []
-        self._bases: dict[int, Any] = {}
         self._ends = (0.0, 1.0)
         self._forget()
 
@@ -150,7 +149,6 @@ class MovementPruning(Callback):
         self._release()
         self._masked = masked_weights(pl_module)
         self._scores = [masked.by.scores for masked in self._masked if masked.by.scores is not None]
-        self._bases = base_rates(trainer.optimizers, self._scores)
         if any(scores.dtype in (torch.bfloat16, torch.float16) for scores in self._scores):
             rank_zero_warn(
                 "MovementPruning with scores of half precision: a step smaller than half a unit in their last place "
@@ -158,6 +156,8 @@ class MovementPruning(Callback):
             )
         self._handles = [optimizer.register_step_post_hook(self._count) for optimizer in trainer.optimizers]
         if self._scores:
+            rates = dict.fromkeys(self._scores, self.score_learning_rate)
+            self._handles += own_rates("MovementPruning", trainer.optimizers, rates)
             self._handles.append(SeparateClipping(pl_module, self._scores))
 
     def _count(self, *_: Any) -> None:
@@ -174,9 +174,6 @@ class MovementPruning(Callback):
         if first >= last:
             raise ValueError(f"warmup and cooldown leave no training to prune in: {first:.3g} and {1 - last:.3g} of it")
         self._ends = (first, last)
-        if self._scores:
-            rate = self.score_learning_rate
-            self._handles.append(OwnRate(type(self).__name__, trainer.optimizers, self._scores, rate, self._bases))
         if trainer.global_step == 0:
             self._update(0.0)
 
@@ -233,7 +230,7 @@ class MovementPruning(Callback):
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._masked, self._scores, self._bases = [], [], [], {}
+        self._handles, self._masked, self._scores = [], [], []
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from transformers import Adafactor
 
 from lightning_ft.callbacks import DiscriminativeLR
 from lightning_ft.callbacks.bit_fit import BitFit
@@ -87,6 +88,15 @@ def test_a_rate_for_all_weights_is_warned_of() -> None:
 
     with pytest.warns(UserWarning, match=r"biases at a learning rate of 2e-05.* alone need 1e-4 to 1e-2"):
         FILTERED.fit(BitFit(), module=Slow(), max_steps=1)
+
+
+def test_an_optimiser_that_finds_its_own_rate() -> None:
+    class Relative(Filtered):
+        def configure_optimizers(self) -> Any:
+            return Adafactor(self.parameters(), weight_decay=0.1)
+
+    trainer = FILTERED.fit(BitFit(), module=Relative())
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [None]
 
 
 def test_adapters_above_it() -> None:

@@ -13,7 +13,7 @@ import transformers as hf
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ft.callbacks import L2SP, DiscriminativeLR, ExactResume, GradualUnfreezing, Mixout
 from lightning_ft.callbacks.movement_pruning import MovementPruning
@@ -212,29 +212,6 @@ def test_groups_split_by_others_too_are_joined_again(order: tuple[int, ...]) -> 
     if order[0] != 2:
         reference = FILTERED.fit(makes[0](), makes[1](), GradualUnfreezing("3 steps"))
         assert identical(outcome(trainer), outcome(reference))
-
-
-def test_two_callbacks_with_rates_of_their_own_nest() -> None:
-    from lightning_ft.callbacks._own_rate import OwnRate, base_rates
-
-    layers = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    optimizer = torch.optim.SGD(layers, lr=0.1, weight_decay=0.1)
-    bases = base_rates([optimizer], layers)
-    one = OwnRate("One", [optimizer], layers[:1], 1.0, bases)
-    two = OwnRate("Two", [optimizer], layers[1:2], 10.0, bases)
-    groups = optimizer.param_groups
-    for _ in range(3):
-        for p in layers:
-            p.grad = torch.ones(2)
-        optimizer.step()
-        assert optimizer.param_groups is groups
-        assert [len(group["params"]) for group in groups] == [3]
-    assert layers[0].tolist() == [-2.0, -2.0]
-    assert layers[1].tolist() == [-29.0, -29.0]
-    one.remove()
-    two.remove()
-    assert not optimizer._optimizer_step_post_hooks
-    assert not optimizer._optimizer_step_pre_hooks
 
 
 # ---- clipping
