@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ft.callbacks._surgery import when_built
 from lightning_ft.core.report import Report
@@ -36,10 +36,11 @@ class Altering:
         self.report: Report | None = None
         self._forget: Callable[[], None] | None = None
 
-    def setup(self, module: LightningModule, then: Callable[[], object] | None = None) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, then: Callable[[], object] | None = None) -> None:
         """Call in ``setup``, at any stage.
 
         Args:
+            trainer: The trainer.
             module: The module.
             then: What else to do once it is altered, or was before.
         """
@@ -47,7 +48,7 @@ class Altering:
         self.report = None
 
         def act() -> None:
-            quantise = getattr(module.trainer.precision_plugin, "quantise", None)
+            quantise = getattr(trainer.precision_plugin, "quantise", None)
             if quantise is not None and self.quantised:
                 quantise(module)
             if not altered(module, self.kind, self.settings):

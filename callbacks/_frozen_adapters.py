@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.core.layers import Layers
@@ -24,10 +24,11 @@ class FrozenAdapters:
         self.layers = layers
         self._altering: Altering | None = None
 
-    def setup(self, module: LightningModule, files: Sequence[AdapterFile], *, use: bool) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, files: Sequence[AdapterFile], *, use: bool) -> None:
         """Call in ``setup``, at any stage.
 
         Args:
+            trainer: The trainer.
             module: The module.
             files: The adapters.
             use: Whether they are put to work, one on the other.
@@ -41,7 +42,7 @@ class FrozenAdapters:
                 check_base(module, file, self.layers)
                 fill_adapter(module, file, layers=self.layers)
 
-        altering.setup(module, fill)
+        altering.setup(trainer, module, fill)
 
     def release(self) -> None:
         """Call in ``teardown`` and ``on_exception``."""

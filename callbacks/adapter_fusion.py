@@ -71,10 +71,10 @@ class AdapterFusion(Callback):
         names = [file.spec.name for file in fused]
         if len({*names, *(file.spec.name for file in below)}) < len(names) + len(below):
             raise ValueError(f"adapters: the names {', '.join(names)} must differ: pass them as {{name: folder}}")
-        self._frozen.setup(pl_module, [*below, *fused], use=False)
+        self._frozen.setup(trainer, pl_module, [*below, *fused], use=False)
         settings = {"names": names, "below": [file.spec.name for file in below], "seed": self.seed}
         self._altering = Altering("adapter_fusion", {**settings, "layers": plain_layers(self.layers)})
-        self._altering.setup(pl_module)
+        self._altering.setup(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -50,7 +50,7 @@ class BitFit(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
-        self._altering.setup(pl_module)
+        self._altering.setup(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -97,8 +97,8 @@ class BottleneckAdapters(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.below:
-            self._frozen.setup(pl_module, [read_adapter(folder) for folder in self.below], use=True)
-        self._altering.setup(pl_module)
+            self._frozen.setup(trainer, pl_module, [read_adapter(folder) for folder in self.below], use=True)
+        self._altering.setup(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -116,7 +116,7 @@ class DiffPruning(Callback):
         }
         self._release()
         self._altering = Altering("diff_pruning", settings)
-        self._altering.setup(pl_module)
+        self._altering.setup(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

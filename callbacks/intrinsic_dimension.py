@@ -88,7 +88,7 @@ class IntrinsicDimension(Callback):
         }
         self._release()
         self._altering = Altering("intrinsic_dimension", settings)
-        self._altering.setup(pl_module, lambda: self._found(pl_module))
+        self._altering.setup(trainer, pl_module, lambda: self._found(pl_module))
 
     def _found(self, module: LightningModule) -> None:
         self._subspace = subspace_of(module)

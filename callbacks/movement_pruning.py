@@ -137,7 +137,7 @@ class MovementPruning(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._altering.setup(pl_module)
+        self._altering.setup(trainer, pl_module)
         if stage == "fit":
             self._forget()
             self.report = None

@@ -118,7 +118,7 @@ class PEFT(Callback):
                 f"config: DoRA measures the base's weights, which {type(trainer.precision_plugin).__name__} quantises: "
                 "use_dora=False, or train without quantisation"
             )
-        self._altering.setup(pl_module)
+        self._altering.setup(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

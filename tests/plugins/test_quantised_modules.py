@@ -28,7 +28,7 @@ class Adapters(Callback):
         self.altering = Altering(KIND, {"seed": 1}, quantised=early)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.altering.setup(pl_module)
+        self.altering.setup(trainer, pl_module)
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         self.altering.release()
