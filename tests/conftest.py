@@ -16,7 +16,8 @@ _DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "sh
 
 
 @pytest.fixture(autouse=True)
-def _deterministic() -> None:
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # which a run on the command line leaves behind
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

@@ -75,6 +75,7 @@ def test_packing(real_data: Path, tmp_path: Path) -> None:
     assert by_name["packed"]["padding over real tokens"] < by_name["random"]["padding over real tokens"]
 
 
+@pytest.mark.slow
 def test_frozen_prefix(real_data: Path, tmp_path: Path) -> None:
     done = _run("frozen_prefix.py", "--data", str(real_data / "sst2"), "--results", str(tmp_path))
     phases = {"Step time, head only", "Step time, top block and head"}
@@ -84,6 +85,7 @@ def test_frozen_prefix(real_data: Path, tmp_path: Path) -> None:
         assert row["hits"] == row["seen"] == 192
 
 
+@pytest.mark.slow
 def test_depth(real_data: Path, tmp_path: Path) -> None:
     absent = tmp_path / "python"
     results = tmp_path / "results"
@@ -124,6 +126,7 @@ def test_ddp_drift(tmp_path: Path) -> None:
         assert rows["BackboneFinetuning", unused]["ranks differ from step"] == 7
 
 
+@pytest.mark.slow
 def test_anchors(real_data: Path, tmp_path: Path) -> None:
     absent = tmp_path / "python"
     results = tmp_path / "results"
@@ -149,7 +152,7 @@ def test_anchors(real_data: Path, tmp_path: Path) -> None:
     assert [row["contestant"] for row in tables["Two tasks, dev accuracy"]] == ["plain fine-tuning", "EWC"]
 
 
-@pytest.mark.parametrize("head", ["tagging", "multiple choice"])
+@pytest.mark.parametrize("head", ["tagging", pytest.param("multiple choice", marks=pytest.mark.slow)])
 def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     done = _run("heads_vs_hf.py", "--heads", head, "--results", str(tmp_path))
     name = head.replace(" ", "_")
@@ -164,6 +167,7 @@ def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     assert len(metric["scores"]["HF Trainer"]) == 1
 
 
+@pytest.mark.slow
 def test_forgetting(real_data: Path, tmp_path: Path) -> None:
     folders = ("--data", str(real_data), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
     done = _run("forgetting.py", *folders, "--methods", "L2-SP", "EWC, exact", "WiSE-FT")
@@ -172,6 +176,7 @@ def test_forgetting(real_data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "forgetting.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_few_sample(real_data: Path, tmp_path: Path) -> None:
     folders = ("--data", str(real_data / "sst2"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
     content = _check(_run("few_sample.py", *folders), tmp_path / "few_sample.json", {"Dev accuracy"})
@@ -199,3 +204,28 @@ def test_export(real_data: Path, tmp_path: Path) -> None:
     names = {row["runtime"] for row in content["tables"]["Quality"]}
     assert {"torch", "fp32", "int8", "transformers int8"} <= names
     assert {row["runtime"] for row in content["tables"]["Latency"]} == names
+
+
+@pytest.mark.slow
+def test_eight_bit_optimizer(real_data: Path, tmp_path: Path) -> None:
+    folders = ("--data", str(real_data / "trec6"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
+    content = _check(
+        _run("eight_bit_optimizer.py", *folders), tmp_path / "eight_bit_optimizer.json", {"States of 8 bits"}
+    )
+    rows = {row["optimiser"]: row for row in content["tables"]["States of 8 bits"]}
+    assert rows["AdamW8bit"]["the others over AdamW"] <= 0.30
+    assert rows["AdamW8bit"]["state of embeddings, MB"] == pytest.approx(
+        rows["AdamW"]["state of embeddings, MB"], rel=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_qlora(real_data: Path, tmp_path: Path) -> None:
+    folders = ("--data", str(real_data / "self_instruct"), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path))
+    done = _run("qlora.py", *folders)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "qlora.json").read_text(encoding="utf-8"))["tables"]["QLoRA"]
+    by_method = {row["method"]: row for row in rows}
+    assert by_method["LoRA"]["trainable"] == by_method["QLoRA"]["trainable"] < by_method["full"]["trainable"]
+    assert by_method["QLoRA"]["weights, MB"] < by_method["LoRA"]["weights, MB"]
+    assert by_method["QLoRA"]["saved weights, MB"] == pytest.approx(by_method["LoRA"]["saved weights, MB"])
