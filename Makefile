@@ -96,6 +96,10 @@ bench: .venv rivals wheels
 	$(BIN)/python benchmarks/anchors.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/parity_table.py --jobs 2
+	$(BIN)/python benchmarks/methods_table.py
+	$(BIN)/python benchmarks/eight_bit_optimizer.py --runs build/eight_bit_optimizer
+	$(BIN)/python benchmarks/qlora.py --runs build/qlora
+	$(BIN)/python benchmarks/parameter_efficient.py --runs build/parameter_efficient
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-rivals .venv-triton build dist *.egg-info
