@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ft.callbacks._altering import Altering
-from lightning_ft.core.layers import Layers
-from lightning_ft.functional.adapter_files import AdapterFile, check_base, fill_adapter, plain_layers
+from lightning_ft.core.layers import Layers, plain_layers
+from lightning_ft.functional.adapter_files import AdapterFile, check_base, fill_adapter
 
 
 class FrozenAdapters:

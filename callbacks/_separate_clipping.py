@@ -32,17 +32,24 @@ class SeparateClipping:
         for name in self._shadowed:
             vars(module)[name] = partial(self._clip, getattr(module, name))
 
-    def _clip(self, clip: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    def _clip(
+        self,
+        clip: Callable[..., Any],
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        how = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
         plain: Optimizer = getattr(optimizer, "optimizer", optimizer)  # of manual optimisation, a LightningOptimizer
         held = [p for group in plain.param_groups for p in group["params"] if p.grad is not None]
         apart = [p for p in held if id(p) in self._apart]
         others = [p for p in held if id(p) not in self._apart]
         if not apart or not others:  # one hook calls the other
-            clip(optimizer, *args, **kwargs)
+            clip(optimizer, **how)
             return
         for hidden in (apart, others):
             with _without_gradients(hidden):
-                clip(optimizer, *args, **kwargs)
+                clip(optimizer, **how)
 
     def remove(self) -> None:
         """Take the shadows away."""

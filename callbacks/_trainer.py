@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,42 @@ def rewrap_ddp(trainer: Trainer) -> None:
             del options["init_sync"]
         else:
             options["init_sync"] = init_sync
+
+
+def run_seed(seed: int | None) -> int:
+    """A callback's own seed, else that of ``seed_everything``, else 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+
+
+def refuse_asleep(callback: Callback, asleep: Sequence[str], what: str) -> None:
+    """Refuse modules that train and are in eval mode, where the callback would do nothing.
+
+    Args:
+        callback: Which acts in train mode only.
+        asleep: Paths of such modules.
+        what: What they are: ``"layers"``.
+
+    Raises:
+        RuntimeError: There are any.
+    """
+    if asleep:
+        raise RuntimeError(
+            f"{type(callback).__name__} acts in train mode only, and {len(asleep)} {what} that train are in eval mode "
+            f"({', '.join(asleep[:3])}): models come so from from_pretrained(). Call .train() on the model where "
+            "you load it"
+        )
+
+
+def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
+    """Call in ``on_fit_start``, where weights are computed from others whole.
+
+    Raises:
+        ValueError: The strategy shards them.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise ValueError(
+            f"{type(callback).__name__} computes whole weights: {type(trainer.strategy).__name__} shards them; use DDP"
+        )
 
 
 def refuse_deepspeed(trainer: Trainer, callback: Callback) -> None:

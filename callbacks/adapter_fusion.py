@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._frozen_adapters import FrozenAdapters
-from lightning_ft.core.layers import Layers
-from lightning_ft.functional.adapter_files import AdapterFile, plain_layers, read_adapter
+from lightning_ft.core.layers import Layers, plain_layers
+from lightning_ft.functional.adapter_files import AdapterFile, read_adapter
 from lightning_ft.functional.adapter_layers import check_hooked
 
 _Folders = Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]

@@ -8,8 +8,7 @@ from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._split_rates import SplitRates
-from lightning_ft.core.layers import Layers
-from lightning_ft.functional.adapter_files import plain_layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.functional.bit_fit import named_biases
 
 _LOW = 1e-4

@@ -11,9 +11,9 @@ from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._frozen_adapters import FrozenAdapters
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
-from lightning_ft.functional.adapter_files import plain_layers, read_adapter, save_adapter
+from lightning_ft.functional.adapter_files import read_adapter, save_adapter
 from lightning_ft.functional.adapter_layers import BottleneckConfig, check_hooked
 from lightning_ft.functional.adapter_places import AdapterSpec
 from lightning_ft.functional.bottleneck import AdapterKind

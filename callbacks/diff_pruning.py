@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +18,12 @@ from lightning_ft.callbacks._split_rates import SplitRates, own_rates
 from lightning_ft.callbacks._trainer import (
     WindowTracker,
     refuse_deepspeed,
+    refuse_sharded,
     rewrap_ddp,
+    run_seed,
     training_progress,
 )
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration
 from lightning_ft.functional.diff_pruning import SparseOffset, check_share, compact, prune_offsets, sparse_offsets
@@ -111,8 +112,8 @@ class DiffPruning(Callback):
         settings = {
             "gates": asdict(self.gates),
             "structured": self.structured,
-            "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
-            "layers": None if self.layers is None else asdict(self.layers),
+            "seed": run_seed(self.seed),
+            "layers": plain_layers(self.layers),
         }
         self._release()
         self._altering = Altering("diff_pruning", settings)
@@ -121,10 +122,7 @@ class DiffPruning(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
-        if trainer.strategy.restore_checkpoint_after_setup:
-            raise ValueError(
-                f"DiffPruning computes whole weights: {type(trainer.strategy).__name__} shards them; use DDP"
-            )
+        refuse_sharded(trainer, self)
         self._offsets = sparse_offsets(pl_module)
         if any(offset.delta.dtype in (torch.bfloat16, torch.float16) for offset in self._offsets):
             rank_zero_warn(

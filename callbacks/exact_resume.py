@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_ft.callbacks._trainer import WindowTracker, training_progress
+from lightning_ft.callbacks._trainer import WindowTracker, run_seed, training_progress
 from lightning_ft.core.files import replace
 from lightning_ft.core.schedule import Duration
 
@@ -69,8 +69,7 @@ class ExactResume(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.every.count(training_progress(trainer, 0))  # refuses a fraction of an endless training
-        if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self.seed = run_seed(self.seed)
         self._window = WindowTracker()
         self._saves = None
         folder = self.path(trainer).parent

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_ft.callbacks._trainer import refuse_deepspeed
 from lightning_ft.callbacks._training_rows import training_batches
 from lightning_ft.core.report import Report
-from lightning_ft.core.sharding import is_piece
+from lightning_ft.core.sharding import is_sharded
 from lightning_ft.core.undisturbed import same_randomness
 from lightning_ft.functional._batch_rows import row_count
 from lightning_ft.functional.fisher import Loss
@@ -88,7 +88,7 @@ class HeadImportance(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
-        if any(is_piece(p) or hasattr(p, "placements") for p in pl_module.parameters()):
+        if any(is_sharded(p) for p in pl_module.parameters()):
             raise ValueError(
                 "HeadImportance runs the model by itself, and under FSDP each process holds a part of it: train with "
                 "DDP, or call head_importance on the module of the checkpoint"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,8 +12,8 @@ from typing_extensions import override
 
 from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._split_rates import SplitRates, own_rates
-from lightning_ft.callbacks._trainer import WindowTracker, refuse_deepspeed
-from lightning_ft.core.layers import Layers
+from lightning_ft.callbacks._trainer import WindowTracker, refuse_deepspeed, refuse_sharded, run_seed
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.functional.intrinsic_dimension import Subspace, subspace_of
 
 
@@ -83,8 +81,8 @@ class IntrinsicDimension(Callback):
         settings = {
             "dimension": self.dimension,
             "said": self.said,
-            "seed": int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed,
-            "layers": None if self.layers is None else asdict(self.layers),
+            "seed": run_seed(self.seed),
+            "layers": plain_layers(self.layers),
         }
         self._release()
         self._altering = Altering("intrinsic_dimension", settings)
@@ -96,10 +94,7 @@ class IntrinsicDimension(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_deepspeed(trainer, self)
-        if trainer.strategy.restore_checkpoint_after_setup:
-            raise ValueError(
-                f"IntrinsicDimension computes whole weights: {type(trainer.strategy).__name__} shards them; use DDP"
-            )
+        refuse_sharded(trainer, self)
         assert self._subspace is not None
         self._window = WindowTracker()
         moment = self._subspace.moment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from typing_extensions import override
 
-from lightning_ft.callbacks._trainer import refuse_deepspeed
+from lightning_ft.callbacks._trainer import refuse_asleep, refuse_deepspeed, run_seed
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
 from lightning_ft.core.sharding import named_plain_modules, unwrapped
@@ -105,8 +104,7 @@ class LayerDrop(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.seed is None:
-            self.seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        self.seed = run_seed(self.seed)
         self._dropping = DroppableBlocks(self._blocks)
         self._checked = False
 
@@ -120,12 +118,7 @@ class LayerDrop(Callback):
 
     def _check_modes(self) -> None:
         asleep = [n for n, b in self._blocks.items() if not b.training and any(p.requires_grad for p in b.parameters())]
-        if asleep:
-            raise RuntimeError(
-                f"LayerDrop acts in train mode only, and {len(asleep)} blocks that train are in eval mode "
-                f"({', '.join(asleep[:3])}): models come so from from_pretrained(). Call .train() on the model where "
-                "you load it"
-            )
+        refuse_asleep(self, asleep, "blocks")
         self._checked = True
 
     @override

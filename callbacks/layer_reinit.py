@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_ft.callbacks._surgery import when_built
+from lightning_ft.callbacks._trainer import run_seed
 from lightning_ft.core.fresh import mark_fresh
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
@@ -82,7 +82,7 @@ class LayerReinit(Callback):
     def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
         chosen: dict[str, Any] = {"groups": self.groups, "pooler": self.pooler, "layers": self.layers}
         if trainer.global_step == 0:
-            seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+            seed = run_seed(self.seed)
             self.report = reinit_layers(module, self.top, **chosen, init=self.init, seed=seed)
         self._fresh = [module.get_submodule(path) for path in reinit_targets(module, self.top, **chosen)]
         mark_fresh(self._fresh)

@@ -98,7 +98,7 @@ class LPFT(Callback):
                 )
             return named[0]
         groups = self.layers.of(module)
-        trains = {p for p in groups.parameters("head") if p.requires_grad} if "head" in groups else set()
+        trains = {p for p in groups.head if p.requires_grad}
         found = [name for name, linear in linears.items() if linear.weight in trains]
         if len(found) != 1 or not trains <= set(linears[found[0]].parameters()):
             inside = {name: linears[name] for name in found} or linears

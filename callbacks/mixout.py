@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from typing_extensions import override
 
 from lightning_ft.callbacks._anchoring import Anchoring, Named, pretrained_and_new, warn_without_head
-from lightning_ft.callbacks._trainer import refuse_deepspeed, training_progress
+from lightning_ft.callbacks._trainer import refuse_asleep, refuse_deepspeed, training_progress
 from lightning_ft.core.anchor import Storage
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.schedule import Duration
@@ -163,12 +163,7 @@ class Mixout(Callback):
         asleep = [
             name for name, reader in module.named_modules() if not reader.training and self._mixing.trains(reader)
         ]
-        if asleep:
-            raise RuntimeError(
-                f"Mixout acts in train mode only, and {len(asleep)} layers that train are in eval mode "
-                f"({', '.join(asleep[:3])}): models come so from from_pretrained(). Call .train() on the model where "
-                "you load it"
-            )
+        refuse_asleep(self, asleep, "layers")
         self._checked = True
 
     @override

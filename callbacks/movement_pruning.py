@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, get_args
 
 import torch
@@ -17,7 +16,7 @@ from lightning_ft.callbacks._quadratic_pull import pending_scale
 from lightning_ft.callbacks._separate_clipping import SeparateClipping
 from lightning_ft.callbacks._split_rates import own_rates
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length, training_progress
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration
 from lightning_ft.functional.masked_weights import (
@@ -115,7 +114,7 @@ class MovementPruning(Callback):
         self.score_learning_rate = score_learning_rate
         self.penalty = penalty
         self.report: Report | None = None
-        places = None if layers is None else asdict(layers)
+        places = plain_layers(layers)
         self._altering = Altering("movement_pruning", {"mode": mode, "layers": places})
         self._masked: list[Masked] = []
         self._scores: list[nn.Parameter] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +15,7 @@ from lightning_ft.callbacks._altering import Altering
 from lightning_ft.callbacks._quadratic_pull import pending_scale
 from lightning_ft.callbacks._split_rates import SplitRates
 from lightning_ft.callbacks._trainer import refuse_deepspeed, training_length
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.adalora import RankBudget
 from lightning_ft.functional.peft_config import changes_base, plain_config
@@ -92,7 +91,7 @@ class PEFT(Callback):
         self.name = name
         self.loraplus_ratio = loraplus_ratio
         self.layers = layers or Layers()
-        where = {"transformer": module, "layers": None if layers is None else asdict(layers)}
+        where = {"transformer": module, "layers": plain_layers(layers)}
         self._altering = Altering(
             "peft",
             {"config": self.config, "adapter": name, "seed": seed, **where},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import alter, altered
 from lightning_ft.functional.quantise import quantised_layers, restore_quantised
@@ -61,7 +61,7 @@ class QuantisedPrecision(Precision):
             **asdict(form),
             "threshold": threshold,
             "skip": [skip] if isinstance(skip, str) else list(skip),
-            "layers": None if layers is None else asdict(layers),
+            "layers": plain_layers(layers),
         }
         self.report: Report | None = None
         self._module: Callable[[], nn.Module | None] = lambda: None

@@ -159,6 +159,11 @@ class LayerGroups:
         """Parameters of one group."""
         return tuple(parameter for _, parameter in self.named_parameters(name))
 
+    @property
+    def head(self) -> tuple[nn.Parameter, ...]:
+        """Parameters of the head; none where there is no head, as in a language model with a tied one."""
+        return self.parameters("head") if "head" in self else ()
+
     def select(self, what: str | Sequence[str]) -> tuple[str, ...]:
         """Names of the groups that ``what`` speaks of, bottom to top.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -43,3 +44,20 @@ class Layers:
                 "layers=Layers(groups=...) names parameters and no list of blocks: pass Layers(blocks=...)"
             )
         return block_paths(module, blocks=self.blocks)
+
+
+def as_layers(layers: Layers | Mapping[str, Any] | None) -> Layers:
+    """Layers, or their plain arguments, or nothing given, as :class:`Layers`."""
+    return layers if isinstance(layers, Layers) else Layers(**(layers or {}))
+
+
+def plain_layers(layers: Layers | None) -> dict[str, Any] | None:
+    """Layers as a checkpoint holds them; :func:`as_layers` reads them again."""
+    if layers is None:
+        return None
+
+    def plain(value: str | Sequence[str] | None) -> str | list[str] | None:
+        return value if value is None or isinstance(value, str) else list(value)
+
+    groups = None if layers.groups is None else dict(layers.groups)
+    return {"blocks": plain(layers.blocks), "head": plain(layers.head), "groups": groups}

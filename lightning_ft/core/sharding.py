@@ -80,6 +80,11 @@ def is_piece(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds a part of a parameter alone, FSDP1's or FSDP2's."""
+    return is_piece(parameter) or hasattr(parameter, "placements")
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a ``DTensor``, which shares its memory; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.core.files import atomic_folder
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.adapter_layers import Adapters, all_adapters
 from lightning_ft.functional.adapter_places import AdapterSpec, adapter_names
@@ -151,18 +151,6 @@ def check_base(module: nn.Module, file: AdapterFile, layers: Layers | None = Non
             f"{type(module).__name__} have {found[:16]}…: build it from the same pretrained weights (or load it with "
             "check=False, where they differ in no more than their dtype)"
         )
-
-
-def plain_layers(layers: Layers | None) -> dict[str, Any] | None:
-    """As settings of an alteration hold them."""
-    if layers is None:
-        return None
-
-    def plain(value: str | Sequence[str] | None) -> str | list[str] | None:
-        return value if value is None or isinstance(value, str) else list(value)
-
-    groups = None if layers.groups is None else dict(layers.groups)
-    return {"blocks": plain(layers.blocks), "head": plain(layers.head), "groups": groups}
 
 
 def _parameters(module: nn.Module, name: str, layers: Layers) -> Iterator[tuple[str, nn.Parameter]]:

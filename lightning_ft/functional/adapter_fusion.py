@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, as_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.adapter_layers import all_adapters, linear
-from lightning_ft.functional.bottleneck import active_adapters, adapter_parameters, as_layers, freeze, use_adapters
+from lightning_ft.functional.bottleneck import active_adapters, adapter_parameters, freeze, use_adapters
 from lightning_ft.functional.invertible_adapter import all_couplings
 from lightning_ft.functional.trained_part import train_only
 

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 
 from lightning_ft.core.base_weights import base_names
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, as_layers
 from lightning_ft.core.report import Report
-from lightning_ft.functional.bottleneck import as_layers
 from lightning_ft.functional.trained_part import train_only
 
 
@@ -53,7 +52,7 @@ def bit_fit(module: nn.Module, *, layers: Layers | Mapping[str, Any] | None = No
             "before the other callback"
         )
     groups = where.of(module)
-    head = set(groups.parameters("head")) if "head" in groups else set()
+    head = set(groups.head)
     biases = dict.fromkeys(p for _, p in named_biases(module) if p not in head)
     if not biases:
         raise ValueError(

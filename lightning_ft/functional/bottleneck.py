@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, as_layers
 from lightning_ft.core.norms import norm_parameters
 from lightning_ft.core.report import Report
 from lightning_ft.functional.adapter_layers import BottleneckConfig, all_adapters, flat
@@ -203,8 +203,3 @@ def freeze(parameters: Iterable[nn.Parameter]) -> None:
 def _block_norms(module: nn.Module, layers: Layers) -> list[nn.Parameter]:
     blocks = [module.get_submodule(path) for paths in layers.block_paths(module).values() for path in paths]
     return [p for block in blocks for p in norm_parameters(block)]
-
-
-def as_layers(layers: Layers | Mapping[str, Any] | None) -> Layers:
-    """From None, a mapping of plain values, or one that is ready."""
-    return layers if isinstance(layers, Layers) else Layers(**(layers or {}))

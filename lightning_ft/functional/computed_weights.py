@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from lightning_ft.core.base_weights import base_names, mark_base
 from lightning_ft.core.fresh import fresh_parameters
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import as_layers
+from lightning_ft.core.sharding import is_sharded
 
 Named = dict[str, nn.Parameter]
 
@@ -38,7 +39,7 @@ def pretrained_weights(module: nn.Module, layers: Mapping[str, Any] | None, what
             f"{what} changes what pretrained weights are read as, and {type(module).__name__} is altered already "
             f"({len(altered)} of its tensors are a frozen base): use one such method at a time"
         )
-    groups = Layers(**(layers or {})).of(module)
+    groups = as_layers(layers).of(module)
     fresh = fresh_parameters(module)
     found = {
         name: parameter
@@ -52,7 +53,7 @@ def pretrained_weights(module: nn.Module, layers: Mapping[str, Any] | None, what
             f"{what} found no pretrained parameter that trains: everything outside the head of "
             f"{type(module).__name__} is frozen or quantised"
         )
-    if sharded := [name for name, p in found.items() if hasattr(p, "placements") or hasattr(p, "_fsdp_flattened")]:
+    if sharded := [name for name, p in found.items() if is_sharded(p)]:
         raise ValueError(f"{what} computes whole weights, and {sharded[0]} is sharded: use DDP or one device")
     return found
 
@@ -93,11 +94,6 @@ def compute_weights(module: nn.Module, weights: Named, make: Callable[[int, nn.P
 def size_of(weights: Named) -> int:
     """Number of values."""
     return sum(parameter.numel() for parameter in weights.values())
-
-
-def trained_size(module: nn.Module) -> int:
-    """Number of values that train, tied ones once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def once_differentiable(function: Callable[..., Any]) -> Callable[..., Any]:

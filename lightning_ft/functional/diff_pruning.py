@@ -16,10 +16,10 @@ from lightning_ft.functional.computed_weights import (
     once_differentiable,
     pretrained_weights,
     size_of,
-    trained_size,
 )
 from lightning_ft.functional.hard_concrete import HardConcrete, logistic_noise
 from lightning_ft.functional.moment import Moment
+from lightning_ft.functional.trained_part import trained_size
 
 
 class SparseOffset(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ft.core.anchor import Anchor
 from lightning_ft.core.fisher import Fisher, Variant
-from lightning_ft.core.sharding import is_piece, named_plain_parameters
+from lightning_ft.core.sharding import is_sharded, named_plain_parameters
 from lightning_ft.core.undisturbed import eval_mode, same_randomness
 from lightning_ft.functional._batch_rows import first_size, prepare, row_count, take_rows
 from lightning_ft.functional._per_example import LayerUses, UnfitError, add_squares_, gradients
@@ -417,7 +417,7 @@ def _chosen(module: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Para
         trained = {name: trained[name] for name in wanted}
     if not trained:
         raise ValueError(f"no parameter of {type(module).__name__} requires grad: there is nothing to weigh")
-    if any(is_piece(p) or hasattr(p, "placements") for p in trained.values()):
+    if any(is_sharded(p) for p in trained.values()):
         raise ValueError(
             "the weights are sharded, and a process holds pieces of them: compute the Fisher information beforehand on "
             "one device (lightning-ft fisher), or in configure_model before sharding"

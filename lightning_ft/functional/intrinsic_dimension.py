@@ -16,9 +16,9 @@ from lightning_ft.functional.computed_weights import (
     once_differentiable,
     pretrained_weights,
     size_of,
-    trained_size,
 )
 from lightning_ft.functional.moment import Moment
+from lightning_ft.functional.trained_part import trained_size
 from lightning_ft.functional.walsh_hadamard import walsh_hadamard
 
 NAME = "intrinsic_dimension"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_ft.core.fresh import mark_fresh
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import as_layers
 from lightning_ft.core.report import Report
-from lightning_ft.core.sharding import is_piece
+from lightning_ft.core.sharding import is_sharded
 from lightning_ft.functional.mixed_layers import linear_weights
 
 Mode = Literal["hard", "soft", "magnitude"]
@@ -101,7 +101,7 @@ def mask_weights(module: nn.Module, mode: Mode = "hard", *, layers: Mapping[str,
     """
     check_mode(mode)
     refuse_sharded(module)
-    groups = Layers(**(layers or {})).of(module)
+    groups = as_layers(layers).of(module)
     inside = {id(p) for name in groups.select("blocks") for p in groups.parameters(name)}
     _refuse(module, inside)
     chosen = [weight for weight in linear_weights(module) if id(weight.parameter) in inside]
@@ -135,7 +135,7 @@ def refuse_sharded(module: nn.Module) -> None:
     Raises:
         ValueError: It is one.
     """
-    if any(is_piece(p) or hasattr(p, "placements") for p in module.parameters()):
+    if any(is_sharded(p) for p in module.parameters()):
         raise ValueError(
             "MovementPruning chooses among all scores of a matrix, and under FSDP each process holds a part of them: "
             "train with DDP"

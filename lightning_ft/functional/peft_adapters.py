@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ft.core.files import atomic_folder
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, as_layers, plain_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import alter, alterations, remember
 from lightning_ft.functional.peft_config import import_peft, plain_config, read_config
@@ -125,7 +124,7 @@ def load_adapter(
         raise FileNotFoundError(f"folder={str(folder)!r} holds no adapter_config.json and adapter_model.safetensors")
     tensors = load_file(folder / "adapter_model.safetensors")
     config = json.loads((folder / "adapter_config.json").read_text())
-    where = {"transformer": transformer, "layers": None if layers is None else asdict(layers), "seed": 0}
+    where = {"transformer": transformer, "layers": plain_layers(layers), "seed": 0}
     if _done(module):
         where = _first(module)
         _remember_head(module, active_adapter(module))
@@ -247,7 +246,7 @@ def _settings(module: nn.Module, name: str) -> dict[str, Any]:
 
 def _transformer(module: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
     given = settings.get("layers")
-    return find_transformer(module, settings.get("transformer"), Layers(**given) if given else Layers())[1]
+    return find_transformer(module, settings.get("transformer"), as_layers(given))[1]
 
 
 def _configs(target: nn.Module) -> dict[str, Any]:
@@ -286,7 +285,7 @@ def _keep_modes(module: nn.Module, before: list[nn.Module]) -> None:
 
 def _head(module: nn.Module) -> dict[str, Tensor]:
     first = _first(module)
-    layers = Layers(**first["layers"]) if first.get("layers") else Layers()
+    layers = as_layers(first.get("layers"))
     wanted = head_parameters(module, _transformer(module, first), layers) - adapter_parameters(module)
     return {name: p for name, p in module.named_parameters() if p in wanted}
 

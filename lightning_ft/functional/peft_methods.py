@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_ft.core.base_weights import mark_base
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import as_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.peft_config import changes_base, import_peft, plain_config, read_config
 from lightning_ft.functional.peft_parts import (
@@ -82,7 +82,7 @@ def adapt(
     Reference:
         Hu et al. 2022, "LoRA"; Mangrulkar et al. 2022, https://github.com/huggingface/peft.
     """
-    where = Layers(**layers) if layers else Layers()
+    where = as_layers(layers)
     settings = read_config(config)
     path, target = find_transformer(module, transformer, where)
     _refuse_adapted(path, target, settings, adapter)

@@ -60,7 +60,7 @@ def _outermost_models(module: nn.Module) -> dict[str, nn.Module]:
 def head_parameters(module: nn.Module, transformer: nn.Module, layers: Layers) -> set[nn.Parameter]:
     """The head's, without a language model's output layer, which is pretrained, unless ``layers`` names the head."""
     groups = layers.of(module)
-    head = set(groups.parameters("head")) if "head" in groups else set()
+    head = set(groups.head)
     if layers.head is not None or layers.groups is not None:
         return head
     output = getattr(transformer, "get_output_embeddings", lambda: None)()

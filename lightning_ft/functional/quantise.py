@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ft.core.fresh import fresh_parameters
 from lightning_ft.core.layer_groups import LayerGroups
-from lightning_ft.core.layers import Layers
+from lightning_ft.core.layers import Layers, as_layers
 from lightning_ft.core.report import Report
 from lightning_ft.functional.quantised_layers import QuantisedLinear, is_conv1d
 from lightning_ft.functional.quantised_tensor import Format, Kind, QuantisedTensor
@@ -96,7 +96,7 @@ def quantise_as(
 ) -> Report:
     """:func:`quantise` with plain arguments, as checkpoints remember it (``"quantise"``)."""
     form = Format(kind, block_size, double)
-    return quantise(module, form, threshold=threshold, skip=skip, layers=None if layers is None else Layers(**layers))
+    return quantise(module, form, threshold=threshold, skip=skip, layers=as_layers(layers))
 
 
 def dequantise(module: nn.Module) -> Report:

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.report import Report
-from lightning_ft.core.sharding import is_piece
+from lightning_ft.core.sharding import is_sharded
 
 Named = tuple[str, nn.Parameter]
 # Where torch keeps the weight of a parametrisation (Mixout's) that is the weight itself in eval mode.
@@ -41,7 +41,7 @@ def share_body(old: nn.Module, current: nn.Module, layers: Layers | None = None)
         (2, True)
     """
     layers = layers or Layers()
-    if sharded := next((n for n, p in current.named_parameters() if hasattr(p, "placements") or is_piece(p)), None):
+    if sharded := next((n for n, p in current.named_parameters() if is_sharded(p)), None):
         raise ValueError(
             f"{sharded} is sharded over processes, and an old head needs a whole body: use a strategy that keeps whole "
             "models (DDP)"

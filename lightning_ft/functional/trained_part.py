@@ -21,11 +21,15 @@ def train_only(module: nn.Module, parameters: Iterable[nn.Parameter], layers: La
     Returns:
         How many values train, and how many there are.
     """
-    groups = layers.of(module)
-    trained = {*parameters, *(groups.parameters("head") if "head" in groups else ())}
+    trained = {*parameters, *layers.of(module).head}
     if not base_names(module):
         mark_base(module, [p for p in module.parameters() if p not in trained])
     return {
-        "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "trainable": trained_size(module),
         "parameters": sum(p.numel() for p in module.parameters()),
     }
+
+
+def trained_size(module: nn.Module) -> int:
+    """Number of values that train, tied ones once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
