@@ -1,0 +1,1 @@
+"""Many runs of one configuration that differ in their seeds: the unpromising stopped early, the best finished."""
