@@ -69,14 +69,15 @@ class FastFood:
         mixed = walsh_hadamard(padded.view(self.pieces, self.piece))
         copies = self.padded // self.piece
         shuffled = torch.empty_like(gaussian)
-        shuffled.view(-1)[places] = mixed.unsqueeze(1).expand(-1, copies, -1).reshape(-1)
+        # Indexing by [] would be three to four times as slow, here and below.
+        shuffled.view(-1).index_copy_(0, places.long(), mixed.unsqueeze(1).expand(-1, copies, -1).reshape(-1))
         return walsh_hadamard(shuffled.mul_(gaussian).sum(0))[: self.size]
 
     def transpose(self, values: Tensor) -> Tensor:
         """Pᵀ w, shape (dimension,), in the precision of w."""
         signs, places, gaussian = self._draws(values)
         mixed = walsh_hadamard(torch.nn.functional.pad(values, (0, self.padded - self.size)))
-        gathered = (mixed * gaussian).view(-1)[places]
+        gathered = (mixed * gaussian).view(-1).index_select(0, places)
         copies = self.padded // self.piece
         folded = gathered.view(self.pieces, copies, self.piece).sum(1)
         return walsh_hadamard(folded).view(-1)[: self.dimension] * signs

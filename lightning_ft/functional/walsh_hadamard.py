@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Buffers = tuple[Tensor, Tensor]
+
 
 def walsh_hadamard(values: Tensor) -> Tensor:
     """H x over the last dimension, H₁ = (1), H₂ₙ = (Hₙ Hₙ; Hₙ −Hₙ): entries of ±1, no normalisation, H H = n I.
@@ -42,25 +44,40 @@ class _WalshHadamard(torch.autograd.Function):
 
 
 def _transform(values: Tensor) -> Tensor:
-    """As a matrix X of r rows: H x = (H_c (H_r X)ᵀ)ᵀ. Each addition is then over contiguous rows."""
+    """As a matrix X of r rows: H x = (H_c (H_r X)ᵀ)ᵀ. Each addition is then over contiguous rows.
+
+    Two buffers serve all passes: on a CPU a fresh one costs more, in pages, than what is written into it.
+    """
     bits = values.shape[-1].bit_length() - 1
-    rows = 1 << bits // 2
-    matrix = values.reshape(-1, rows, values.shape[-1] // rows)
-    first = _butterflies(matrix.clone(memory_format=torch.contiguous_format))
-    second = _butterflies(first.transpose(1, 2).contiguous())
-    return second.transpose(1, 2).reshape(values.shape)
+    rows, columns = 1 << bits // 2, 1 << bits - bits // 2
+    matrix = values.reshape(-1, rows, columns)
+    spare = values.new_empty(matrix.shape), values.new_empty(matrix.shape)
+    matrix, spare = _turned(*_butterflies(matrix, spare))
+    matrix, _ = _turned(*_butterflies(matrix, spare))
+    return matrix.reshape(values.shape)
 
 
-def _butterflies(matrix: Tensor) -> Tensor:
-    """H over the middle dimension, in place of ``matrix`` and one more of its size: two launches a factor of two."""
+def _butterflies(matrix: Tensor, spare: Buffers) -> tuple[Tensor, Buffers]:
+    """H over the middle dimension, two launches a factor of two, and the buffers, the one to write into next first."""
     count, size, width = matrix.shape
-    source, target = matrix, torch.empty_like(matrix)
     half = 1
     while half < size:
+        target, other = spare
         shape = (count * size // (2 * half), 2, half * width)
-        pairs, sums = source.view(shape), target.view(shape)
+        pairs, sums = matrix.reshape(shape), target.view(shape)
         torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
         torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
-        source, target = target, source
+        matrix, spare = target.view(count, size, width), (other, target)
         half *= 2
-    return source
+    return matrix, spare
+
+
+def _turned(matrix: Tensor, spare: Buffers) -> tuple[Tensor, Buffers]:
+    """Rows and columns exchanged, and the buffers, the one to write into next first."""
+    count, rows, columns = matrix.shape
+    target = spare[0].view(count, columns, rows)
+    if count == 1:  # torch copies a transposed matrix, but not a batch of them, block by block: nine times as fast
+        target[0].copy_(matrix[0].t())
+    else:
+        target.copy_(matrix.transpose(1, 2))
+    return target, (spare[1], spare[0])

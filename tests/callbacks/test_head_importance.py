@@ -118,6 +118,6 @@ def test_refuses_training_rows_that_cannot_be_read_twice() -> None:
 
 
 def test_refuses_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ft.callbacks.head_importance.is_piece", lambda p: True)
+    monkeypatch.setattr("lightning_ft.callbacks.head_importance.is_sharded", lambda p: True)
     with pytest.raises(ValueError, match=r"runs the model by itself, and under FSDP.*call head_importance"):
         FILTERED.fit(HeadImportance())

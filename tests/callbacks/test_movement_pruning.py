@@ -539,6 +539,6 @@ def test_a_mask_that_was_changed_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_refuses_sharded_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_ft.functional.masked_weights.is_piece", lambda p: True)
+    monkeypatch.setattr("lightning_ft.functional.masked_weights.is_sharded", lambda p: True)
     with pytest.raises(ValueError, match=r"chooses among all scores of a matrix.*train with DDP"):
         FILTERED.fit(MovementPruning())
