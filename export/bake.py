@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from lightning_ft.functional.masked_weights import check_masks, masked_weights
+from lightning_ft.functional.peft_parts import follow_layout, is_adapter_layer
 from lightning_ft.functional.quantise import dequantise
 from lightning_ft.functional.quantised_layers import QuantisedLinear
 
@@ -76,6 +77,7 @@ def baked(model: nn.Module) -> tuple[nn.Module, list[str]]:
     copied.eval()  # a spectral norm in training mode changes whenever it is read
     copied = _unwrap_inside(copied)
     dequantise(copied.cpu())
+    follow_layout(copied)
     _merge(copied)
     applied: list[Tensor] = []
     if masked_weights(copied):
@@ -96,7 +98,7 @@ def _findings(model: nn.Module) -> Iterator[str]:
             yield "compiled parts as they were written"
         if isinstance(module, QuantisedLinear):
             yield "quantised weights as floats"
-        if _is_adapter(module):
+        if is_adapter_layer(module):
             yield "adapters merged"
         if any(isinstance(hook, prune.BasePruningMethod) for hook in module._forward_pre_hooks.values()):
             yield "pruning applied"
@@ -157,20 +159,13 @@ def _is_peft(module: nn.Module) -> bool:
     return peft is not None and isinstance(module, peft.PeftModel)
 
 
-def _is_adapter(module: nn.Module) -> bool:
-    utils = sys.modules.get("peft.tuners.tuners_utils")
-    other = sys.modules.get("peft.utils.other")
-    kinds = getattr(utils, "BaseTunerLayer", None), getattr(other, "AuxiliaryTrainingWrapper", None)
-    return any(kind is not None and isinstance(module, kind) for kind in kinds)
-
-
 def _merge(model: nn.Module) -> None:
     """Replace each adapter by the layer that it adapts, with the adapter's part in its weights."""
     for path, module in list(model.named_modules()):
-        if not path or not _is_adapter(module):
+        if not path or not is_adapter_layer(module):
             continue
         parent, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        if not _is_adapter(parent):  # an adapter of an adapter goes with its outer one
+        if not is_adapter_layer(parent):  # an adapter of an adapter goes with its outer one
             setattr(parent, name, _merged(path, module))
     for module in model.modules():
         with suppress(AttributeError):

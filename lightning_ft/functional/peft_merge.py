@@ -11,7 +11,7 @@ from lightning_ft.core.base_weights import unmark_base
 from lightning_ft.core.report import Report
 from lightning_ft.functional.alterations import forget
 from lightning_ft.functional.peft_methods import _do_nothing
-from lightning_ft.functional.peft_parts import TUNER, is_adapter_layer
+from lightning_ft.functional.peft_parts import TUNER, follow_layout, is_adapter_layer
 from lightning_ft.functional.peft_prompts import prompts_of
 
 
@@ -100,10 +100,7 @@ def _dequantise(module: nn.Module) -> None:
     from lightning_ft.functional.quantise import dequantise
 
     dequantise(module)
-    layers: list[Any] = [child for child in module.modules() if is_adapter_layer(child)]
-    for layer in layers:
-        if hasattr(layer, "fan_in_fan_out"):  # a Conv1D was an nn.Linear as long as it was quantised
-            layer.fan_in_fan_out = type(layer.get_base_layer()).__name__ == "Conv1D"
+    follow_layout(module)
     if left := _quantised(module):
         raise ValueError(
             f"module: {left[0]} was quantised by another package, so its floating-point weights are not at hand: load "

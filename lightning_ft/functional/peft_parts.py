@@ -97,6 +97,14 @@ def is_adapter_layer(module: nn.Module) -> bool:
     return any(kind is not None and isinstance(module, kind) for kind in kinds)
 
 
+def follow_layout(module: nn.Module) -> None:
+    """Tell adapters how their layers store weights: a ``Conv1D`` was an ``nn.Linear`` while it was quantised."""
+    layers: list[Any] = [child for child in module.modules() if is_adapter_layer(child)]
+    for layer in layers:
+        if hasattr(layer, "fan_in_fan_out"):
+            layer.fan_in_fan_out = type(layer.get_base_layer()).__name__ == "Conv1D"
+
+
 def adapter_parameters(module: nn.Module) -> set[nn.Parameter]:
     """What peft has added to a module: adapters, prompts, copies of ``modules_to_save``."""
     found: set[nn.Parameter] = set()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.peft import PEFT
+from lightning_ft.export.bake import baked
 from lightning_ft.functional.peft_adapters import load_adapter, save_adapter
 from lightning_ft.functional.peft_merge import merge
 from lightning_ft.modules import SequenceClassification, load_checkpoint
@@ -90,6 +91,9 @@ def test_adapter_and_head_train_over_packed_weights(
         assert report.facts["dequantised"] > 0
         assert merged.state_dict().keys() == make(folders[kind]).state_dict().keys()
         torch.testing.assert_close(logits(merged.model, kind), done, rtol=1e-4, atol=1e-4)
+        plain, changes = baked(loaded.model)
+        assert changes == ["adapters merged", "quantised weights as floats"]
+        torch.testing.assert_close(logits(plain, kind), done, rtol=1e-4, atol=1e-4)
     if method != "pissa":
         save_adapter(module, tmp_path / "adapter")
         over = make(folders[kind])
