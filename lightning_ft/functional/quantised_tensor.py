@@ -194,7 +194,12 @@ class QuantisedTensor(Tensor):
             to = {"device": kwargs["device"]} if kwargs.get("device") is not None else {}
             parts = {name: part.clone() if not to else part.to(**to) for name, part in args[0].parts.items()}
             return cls(parts, args[0].form, args[0].dtype, transposed=args[0].settings["transposed"])
-        plain = tree_map(lambda value: value.dequantised() if isinstance(value, cls) else value, (args, kwargs))
+
+        def as_float(value: Any) -> Any:
+            # Its strides are told to be those of a contiguous tensor, and a view relies on them.
+            return value.dequantised().contiguous() if isinstance(value, cls) else value
+
+        plain = tree_map(as_float, (args, kwargs))
         return func(*plain[0], **plain[1])
 
 

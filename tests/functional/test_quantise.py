@@ -154,6 +154,7 @@ def test_conv1d_is_the_same_map(form: Format) -> None:
     x = torch.randn(2, 3, 64)
     torch.testing.assert_close(layer(x), conv(x), rtol=0, atol=0.2)
     assert layer.packed().shape == conv.weight.shape
+    assert torch.equal(layer.packed().contiguous().view(-1), layer.packed().dequantised().reshape(-1))
     expected = F.linear(x, layer.packed().dequantised().t(), conv.bias)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-2)
 
