@@ -60,10 +60,13 @@ def loader(batches: Sequence[Mapping[str, Tensor]]) -> DataLoader[Any]:
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
-def trainer(*callbacks: Callback, clip: float | None = None) -> Trainer:
-    """Lightning's for one epoch on the CPU, with everything off that is not training."""
+def trainer(
+    *callbacks: Callback, clip: float | None = None, epochs: int | None = None, steps: int | None = None
+) -> Trainer:
+    """Lightning's on the CPU, for one epoch unless it is said, with everything off that is not training."""
     return Trainer(
-        max_epochs=1,
+        max_epochs=1 if epochs is steps is None else epochs,
+        max_steps=-1 if steps is None else steps,
         accelerator="cpu",
         callbacks=list(callbacks),
         gradient_clip_val=clip,
@@ -73,6 +76,12 @@ def trainer(*callbacks: Callback, clip: float | None = None) -> Trainer:
         enable_model_summary=False,
         limit_val_batches=0,
     )
+
+
+def needs(file: Path) -> None:
+    """End the script where its data are not there."""
+    if not file.is_file():
+        raise SystemExit(f"{file} does not exist: pass --data FOLDER")
 
 
 def fit(module: LightningModule, data: DataLoader[Any] | LightningDataModule, *, clip: float | None = None) -> Clock:

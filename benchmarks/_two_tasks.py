@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _rivals import AVALANCHE, answers, begin, tell
-from _timing import Clock, Row, arguments, repeat, start
+from _timing import Clock, Row, arguments, repeat, start, trainer
 from datasets import Dataset as Table
 from lightning import seed_everything
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -104,17 +104,7 @@ def train(
     seed_everything(options.seed, verbose=False)
     clock = Clock()
     hooks = LambdaCallback(on_train_batch_end=clock)
-    runner = Trainer(
-        max_epochs=options.epochs,
-        accelerator="cpu",
-        callbacks=[*callbacks, hooks],
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    runner = trainer(*callbacks, hooks, clip=1.0, epochs=options.epochs)
     began = time.perf_counter()
     runner.fit(module, data)
     fitted = time.perf_counter() - began
@@ -226,7 +216,7 @@ def _ours_at(options: Any, strength: float, file: Path) -> Result:
     module = new_module(options, data)
     callback, added = EWC(strength, file), []
 
-    def probe(trainer: Trainer, module: Any) -> None:
+    def probe(trainer: Any, module: Any) -> None:
         optimizer = trainer.optimizers[0]
         added.append(repeat(lambda: callback.on_before_optimizer_step(trainer, module, optimizer), options.repeats))
 

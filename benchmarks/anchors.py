@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from _passes import Batch, Pass, inside_fit, random_batches, step_hooks
 from _rivals import AVALANCHE, answers, begin, find_rival, rival_option, tell
-from _timing import Clock, Row, Seconds, arguments, compare, fit, interleave, loader, publish, repeat, start
+from _timing import Clock, Row, Seconds, arguments, compare, fit, interleave, loader, needs, publish, repeat, start
 from _timing import trainer as lightning_trainer
 from _two_tasks import two_tasks
 from datasets import Dataset
@@ -434,8 +434,7 @@ def main() -> None:
         options.rows, options.epochs, options.seeds, options.strengths = 96, 1, 1, options.strengths[:1]
         options.children = [TRAINED, "L2SP, device", ESTIMATED, "Fisher, batches whole"]
     for task in ("sst2", "trec6", "banking77"):
-        if not (file := options.data / task / "train.jsonl").is_file():
-            sys.exit(f"{file} does not exist: pass --data FOLDER")
+        needs(options.data / task / "train.jsonl")
     version = find_rival(options.rival, AVALANCHE) if "tasks" in options.parts else None
     with tempfile.TemporaryDirectory() as root:
         folder, fisher = Path(root) / "model", Path(root) / "fisher.safetensors"

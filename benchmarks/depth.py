@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from _rivals import FTS, answers, begin, find_rival, rival_option, tell
-from _timing import Row, arguments, compare, machine, publish, save, start
+from _timing import Row, arguments, compare, machine, needs, publish, save, start
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -480,8 +480,7 @@ def main() -> None:
         # Fewer steps would have no warm-up, and the rival calls the schedule's function for step -1.
         options.batch, options.rows, options.dev_rows, options.epochs, options.rounds = 8, 24, 16, 2, 1
     for task in options.tasks:
-        if not (file := options.data / task / "train.jsonl").is_file():
-            sys.exit(f"{file} does not exist: pass --data FOLDER")
+        needs(options.data / task / "train.jsonl")
     version = find_rival(options.rival)
     python: dict[str, Path | str] = {name: options.rival if name == FTS else sys.executable for name in CONTESTANTS}
     if version is None:

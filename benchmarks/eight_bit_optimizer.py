@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, publish, start
+from _timing import Row, arguments, needs, publish, start, trainer
 from lightning import seed_everything
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_ft.callbacks import EightBitOptimizer
@@ -40,28 +39,19 @@ def run(options: Any, method: str, seed: int) -> dict[str, float]:
         str(options.model), str(options.data / "train.jsonl"), str(options.data / "dev.jsonl"), batch_size=32, seed=seed
     )
     module = SequenceClassification(str(options.model), data.labels, learning_rate=2e-4, warmup=0.1, head_seed=seed)
-    trainer = Trainer(
-        max_steps=options.steps,
-        accelerator="cpu",
-        callbacks=[EightBitOptimizer("adamw")] if method == METHODS[1] else [],
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    callbacks = [EightBitOptimizer("adamw")] if method == METHODS[1] else []
+    runner = trainer(*callbacks, clip=1.0, steps=options.steps)
     began = time.perf_counter()
-    trainer.fit(module, data)
+    runner.fit(module, data)
     seconds = time.perf_counter() - began
-    (optimizer,) = trainer.optimizers
+    (optimizer,) = runner.optimizers
     embeddings = {id(child.weight) for child in module.modules() if isinstance(child, nn.Embedding)}
     bytes_of = {"embeddings": 0, "others": 0}
     for parameter, state in optimizer.state.items():
         part = "embeddings" if id(parameter) in embeddings else "others"
         bytes_of[part] += sum(v.numel() * v.element_size() for v in state.values() if isinstance(v, torch.Tensor))
-    trainer.limit_val_batches = 4 if options.quick else 1.0
-    found = trainer.validate(module, data, verbose=False)[0]
+    runner.limit_val_batches = 4 if options.quick else 1.0
+    found = runner.validate(module, data, verbose=False)[0]
     return {"accuracy": found["val_accuracy"], "loss": found["val_loss"], **bytes_of, "seconds": seconds}
 
 
@@ -92,8 +82,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = start(parser)
-    if not (options.data / "train.jsonl").is_file():
-        raise SystemExit(f"{options.data / 'train.jsonl'} does not exist: pass --data FOLDER")
+    needs(options.data / "train.jsonl")
     options.steps = 2 if options.quick else 340
     seeds = 2 if options.quick else options.seeds
     options.model = options.runs / "model"

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, publish, start
+from _timing import Row, arguments, needs, publish, start, trainer
 from datasets import Dataset
 from lightning import seed_everything
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from lightning_ft.callbacks import L2SP, LPFT, LayerReinit, Mixout
 from lightning_ft.data import ClassificationData
@@ -57,22 +57,12 @@ def run(options: Any, method: str, seed: int) -> dict[str, float]:
     module = SequenceClassification(
         str(options.model), data.labels, learning_rate=options.learning_rate, warmup=0.1, head_seed=seed
     )
-    trainer = Trainer(
-        max_steps=options.steps,
-        accelerator="cpu",
-        callbacks=METHODS[method](),
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    runner = trainer(*METHODS[method](), clip=1.0, steps=options.steps)
     began = time.perf_counter()
-    trainer.fit(module, data)
+    runner.fit(module, data)
     seconds = time.perf_counter() - began
-    trainer.limit_val_batches = 1.0
-    found = trainer.validate(module, data, verbose=False)[0]
+    runner.limit_val_batches = 1.0
+    found = runner.validate(module, data, verbose=False)[0]
     return {"accuracy": found["val_accuracy"], "loss": found["val_loss"], "seconds": seconds}
 
 
@@ -100,8 +90,7 @@ def main() -> None:
     options = start(parser)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not (options.data / "train.jsonl").is_file():
-        raise SystemExit(f"{options.data / 'train.jsonl'} does not exist: pass --data FOLDER")
+    needs(options.data / "train.jsonl")
     options.rows, options.steps, options.dev_rows = (32, 2, 32) if options.quick else (100, 200, 872)
     seeds = 2 if options.quick else options.seeds
     options.model = options.runs / "model"

