@@ -235,6 +235,7 @@ def main() -> None:
                 runs.append(kept(options.runs, f"{name}-{options.steps}-{seed}", one))
     draw(results, options.results / "parameter_efficient.png")
     everything = [one for found in results.values() for runs in found.values() for one in runs]
+    hours = sum(one["seconds"] for one in everything) / 3600
     tables = {f"Dev accuracy, {task}": table(found) for task, found in results.items()}
     text = "\n".join(f"**{title}**\n\n{markdown(rows)}\n" for title, rows in tables.items())
     with atomic_file(options.results / "parameter_efficient.md") as path:
@@ -243,7 +244,7 @@ def main() -> None:
         "parameter_efficient",
         options.results,
         setting=f"{'A tiny model' if options.quick else 'all-MiniLM-L6-v2'}, {options.steps} steps of 32 rows (RTE: of "
-        f"16), seeds 0 to {options.seeds - 1}; {sum(one['seconds'] for one in everything) / 3600:.1f} hours of training.",
+        f"16), seeds 0 to {options.seeds - 1}; {hours:.1f} hours of training.",
         tables=tables,
         seconds={
             task: {method: [one["seconds"] for one in runs] for method, runs in found.items()}
