@@ -24,7 +24,7 @@ from _kept import kept  # noqa: E402
 from _timing import machine, save  # noqa: E402
 
 from lightning_ft.core.files import atomic_file  # noqa: E402
-from tests.method_rows import METHODS  # noqa: E402
+from tests.method_rows import METHODS, WHY  # noqa: E402
 from tests.methods import KINDS, PROPERTIES, measure  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -65,7 +65,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             else:
                 cells.append(f"{100 * value:.2g} %" if what in ("share", "saves") else f"{value:.0e}")
         lines.append(f"| {row['method']} | {row['kind']} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
+    lines += ["", *(f"{i}. {note}{f': {WHY[note]}' if note in WHY else ''}" for i, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
 
 
