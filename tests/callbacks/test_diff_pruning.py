@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,16 +12,16 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_ft.callbacks import DiscriminativeLR, ExactResume
+from lightning_ft.callbacks import DiscriminativeLR
 from lightning_ft.callbacks.diff_pruning import DiffPruning
 from lightning_ft.functional.alterations import load_altered
 from lightning_ft.functional.diff_pruning import sparse_offsets
 from lightning_ft.functional.hard_concrete import HardConcrete
 from lightning_ft.functional.sparse_delta import load_sparse_delta, save_sparse_delta
-from tests.callbacks.test_exact_resume import Kill, Killed
-from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, HeadFirst, Stranger, identical, outcome, weights
+from tests.callbacks.test_exact_resume import STRANGER
+from tests.resuming import Resuming
+from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, HeadFirst, Stranger, identical, weights
 
-STRANGER = {stranger.name: stranger for stranger in STRANGERS}
 VALUES = sum(p.numel() for p in Filtered().encoder.parameters())
 
 
@@ -126,23 +125,7 @@ def test_gates_and_offsets_have_rates_and_schedules_of_their_own(order: str) -> 
     assert 0 < offset.delta.detach().abs().max().item() <= 1.05 * factor * 0.01 * steps
 
 
-def callbacks(folder: Path) -> list[Callback]:
-    return [ExactResume("1 steps", dirpath=folder), callback()]
-
-
-def options(name: str, folder: Path) -> dict[str, Any]:
-    accumulation = {} if name == "manual" else {"accumulate_grad_batches": 2}
-    return {"val_check_interval": 3, "max_epochs": 3, **accumulation, "default_root_dir": folder}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @cache
-    def run(name: str) -> Any:
-        folder = tmp_path_factory.mktemp(name)
-        return outcome(STRANGER[name].fit(*callbacks(folder), **options(name, folder)))
-
-    return run
+RUN = Resuming(callback, epochs=3)
 
 
 # Three steps an epoch: the mask is fixed in the middle of the second, before its batch 2.
@@ -160,20 +143,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_resumed_run_ends_as_if_it_had_never_stopped(
-    name: str, hook: str, epoch: int, batch: int, tmp_path: Path, uninterrupted: Any
+    name: str, hook: str, epoch: int, batch: int, tmp_path: Path
 ) -> None:
-    stranger, settings = STRANGER[name], options(name, tmp_path)
-    with pytest.raises(Killed):
-        stranger.fit(*callbacks(tmp_path), Kill(hook, epoch, batch), **settings)
-    torch.manual_seed(99)
-    trainer = stranger.trainer(callbacks(tmp_path), **settings)
-    trainer.fit(stranger.module(), ckpt_path=tmp_path / "last.ckpt")
-    assert identical(outcome(trainer), uninterrupted(name))
+    RUN.check(name, hook, epoch, batch, tmp_path)
 
 
 @pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
 def test_checkpoint_is_small_and_opens_over_the_base(stranger: Stranger, tmp_path: Path) -> None:
-    module = stranger.fit(*callbacks(tmp_path), **options(stranger.name, tmp_path)).lightning_module.eval()
+    module = RUN.fit(stranger.name, tmp_path).lightning_module.eval()
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
     saved = {t.data_ptr(): t.numel() * t.element_size() for t in state.values()}
     head = sum(p.numel() for n, p in module.named_parameters() if "parametrizations" not in n)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +14,10 @@ from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.intrinsic_dimension import IntrinsicDimension
 from lightning_ft.functional.alterations import load_altered
 from lightning_ft.functional.intrinsic_dimension import FastFood, subspace_of
-from tests.callbacks.test_exact_resume import Kill, Killed
-from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, Late, Stranger, identical, outcome, weights
+from tests.callbacks.test_exact_resume import STRANGER
+from tests.resuming import Resuming
+from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, Late, Stranger, identical, weights
 
-STRANGER = {stranger.name: stranger for stranger in STRANGERS}
 TENSORS = len(list(Filtered().encoder.parameters()))
 
 
@@ -26,23 +25,7 @@ def callback(**arguments: Any) -> IntrinsicDimension:
     return IntrinsicDimension(100, **{"seed": 3, "rate": 0.05, **arguments})
 
 
-def callbacks(folder: Path) -> list[Callback]:
-    return [ExactResume("1 steps", dirpath=folder), callback()]
-
-
-def options(name: str, folder: Path) -> dict[str, Any]:
-    accumulation = {} if name == "manual" else {"accumulate_grad_batches": 2}
-    return {"val_check_interval": 3, "max_epochs": 2, **accumulation, "default_root_dir": folder}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @cache
-    def run(name: str) -> Any:
-        folder = tmp_path_factory.mktemp(name)
-        return outcome(STRANGER[name].fit(*callbacks(folder), **options(name, folder)))
-
-    return run
+RUN = Resuming(callback, epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -55,20 +38,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ],
 )
 def test_resumed_run_ends_as_if_it_had_never_stopped(
-    name: str, hook: str, epoch: int, batch: int, tmp_path: Path, uninterrupted: Any
+    name: str, hook: str, epoch: int, batch: int, tmp_path: Path
 ) -> None:
-    stranger, settings = STRANGER[name], options(name, tmp_path)
-    with pytest.raises(Killed):
-        stranger.fit(*callbacks(tmp_path), Kill(hook, epoch, batch), **settings)
-    torch.manual_seed(99)
-    trainer = stranger.trainer(callbacks(tmp_path), **settings)
-    trainer.fit(stranger.module(), ckpt_path=tmp_path / "last.ckpt")
-    assert identical(outcome(trainer), uninterrupted(name))
+    RUN.check(name, hook, epoch, batch, tmp_path)
 
 
 @pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
 def test_checkpoint_holds_d_values_and_the_head(stranger: Stranger, tmp_path: Path) -> None:
-    module = stranger.fit(*callbacks(tmp_path), **options(stranger.name, tmp_path)).lightning_module.eval()
+    module = RUN.fit(stranger.name, tmp_path).lightning_module.eval()
     subspace = subspace_of(module)
     assert subspace is not None
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -236,7 +213,7 @@ def test_refuses_sharded_weights() -> None:
 
 
 def test_refuses_a_checkpoint_of_another_projection(tmp_path: Path) -> None:
-    FILTERED.fit(*callbacks(tmp_path), **options("filtered", tmp_path))
+    RUN.fit("filtered", tmp_path)
     others = [ExactResume("1 steps", dirpath=tmp_path), callback(seed=4)]
     with pytest.raises(ValueError, match=r"'seed': 3.* and this one is changed by .*'seed': 4"):
-        FILTERED.fit(*others, **options("filtered", tmp_path), ckpt_path=tmp_path / "last.ckpt")
+        FILTERED.fit(*others, **RUN.options("filtered", tmp_path), ckpt_path=tmp_path / "last.ckpt")
