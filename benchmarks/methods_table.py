@@ -63,7 +63,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             elif value is True:
                 cells.append("yes")
             else:
-                cells.append(f"{100 * value:.2g} %" if what in ("share", "saves") else f"{value:.0e}")
+                cells.append(f"{100 * value:.3g} %" if what in ("share", "saves") else f"{value:.0e}")
         lines.append(f"| {row['method']} | {row['kind']} | " + " | ".join(cells) + " |")
     lines += ["", *(f"{i}. {note}{f': {WHY[note]}' if note in WHY else ''}" for i, note in enumerate(notes, 1))]
     return "\n".join(lines).rstrip() + "\n"

@@ -18,7 +18,11 @@ from tests.methods import Method
 
 NO_WEIGHTS = {("all", "merges"): "which no weights can take in"}
 ROUNDED = {("all", "exports"): "the ONNX graph differs from the model by more than tolerance"}
-WHY = {ROUNDED["all", "exports"]: "LLM.int8 rounds activations, too, which a graph of floats does not"}
+WHY = {
+    ROUNDED["all", "exports"]: "LLM.int8 rounds activations, too, which a graph of floats does not",
+    NO_WEIGHTS["all", "merges"]: "prompts are vectors before the text; in the graph they are constants",
+    "BitFit trains biases": "of which such models have none",
+}
 """What an error's words leave open."""
 
 
