@@ -8,8 +8,10 @@ with the same rows in the same order. Each contestant trains in a process of its
 - QLoRA: the same adapters over a base in nf4 with double quantisation, bf16 compute, paged AdamW in 8 bits.
 
 Peak memory is VmHWM of the process, reset when the model is loaded and quantised and the first step begins, so that
-it counts what training holds at once, the libraries (given as "before") among it. The parts are the bytes of tensors:
-weights, gradients, optimiser states. Loss is the mean over the dev rows' answer tokens before and after.
+it counts what training holds at once, the libraries (given as "before") among it. The C library is told to give back
+at once what is freed, or what loading took for a moment would be counted. The parts are the bytes of tensors: weights,
+gradients, optimiser states. Loss is the mean over the dev rows' answer tokens, before the first step and after the
+last one, in the contestant's own precision.
 
 Not measured: time, which on a CPU says nothing about QLoRA (bitsandbytes has no fast 4-bit kernel there).
 """
@@ -105,7 +107,8 @@ def tiny(folder: Path) -> None:
 def in_a_process(method: str) -> dict[str, Any]:
     """Train with the same arguments in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], "--child", method]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    prompt = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **prompt})
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
 
@@ -147,6 +150,9 @@ def train(options: Any, method: str) -> dict[str, Any]:
     told: dict[str, Any] = {}
     losses: list[float] = []
 
+    def judge(trainer: Trainer, *_: Any) -> None:
+        told["dev loss before"] = float(trainer.callback_metrics["val_loss"])
+
     def begin(trainer: Trainer, *_: Any) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins again at what is resident
@@ -155,13 +161,15 @@ def train(options: Any, method: str) -> dict[str, Any]:
     def watch(trainer: Trainer, *_: Any) -> None:
         losses.append(float(trainer.callback_metrics["train_loss"]))
 
-    watcher = LambdaCallback(on_train_start=begin, on_train_batch_end=watch, on_train_end=parts(told))
+    watcher = LambdaCallback(
+        on_sanity_check_end=judge, on_train_start=begin, on_train_batch_end=watch, on_train_end=parts(told)
+    )
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=options.epochs,
         limit_train_batches=options.rows,
         limit_val_batches=options.dev,
-        num_sanity_val_steps=0,
+        num_sanity_val_steps=-1,
         accumulate_grad_batches=4,
         gradient_clip_val=1.0,
         plugins=[] if precision is None else [precision],
@@ -171,16 +179,6 @@ def train(options: Any, method: str) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    untrained = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=options.dev,
-        enable_checkpointing=False,
-    )
-    before = untrained.validate(CausalLM(str(options.model)), data, verbose=False)[0]["val_loss"]
-    gc.collect()
     trainer.fit(module, data)
     after = trainer.validate(module, data, verbose=False)[0]["val_loss"]
     checkpoint = options.runs / f"{method}.ckpt"
@@ -191,7 +189,6 @@ def train(options: Any, method: str) -> dict[str, Any]:
     checkpoint.unlink()
     return {
         **told,
-        "dev loss before": before,
         "dev loss after": after,
         "saved weights, MB": saved / 1e6,
         "of the base": saved / base,
