@@ -20,9 +20,9 @@ class ExpectedBest(NamedTuple):
 def expected_best(scores: Sequence[float] | Tensor, n: Sequence[int], *, mode: Literal["max", "min"] = "max") -> Tensor:
     """The expected best of n scores that are drawn, with replacement, from those that were seen.
 
-    ``E[max of n] = Σᵢ vᵢ [(i/N)ⁿ − ((i−1)/N)ⁿ]``, with the N scores sorted, v₁ ≤ … ≤ v_N. It says what n runs are worth,
-    whichever seeds they get; it never exceeds the best score seen, and is too low where n comes near N. A score by which
-    the best run is chosen is optimistic by construction: say the chosen run's test score, too.
+    ``E[max of n] = Σᵢ vᵢ [(i/N)ⁿ − ((i−1)/N)ⁿ]``, with the N scores sorted, v₁ ≤ … ≤ v_N. It says what n runs are
+    worth, whichever seeds they get; it never exceeds the best score seen, and is too low where n comes near N. A score
+    by which the best run is chosen is optimistic by construction: say the chosen run's test score, too.
 
     Args:
         scores: Of all runs, ``(N,)``. A run that failed is a draw as well: give it the score that it is worth.

@@ -39,10 +39,10 @@ def variance_split(
     ``R(a | μ, b) = tr(Zₐᵀ (P − P_b) Zₐ) σ²_a + rank(P − P_b) σ²_e``, and so for b, with
     ``σ²_e = yᵀ(I − P)y / (N − rank P)``
 
-    where P projects onto both factors and the mean, P_b onto b and the mean, and Zₐ holds the indicators of a. On a full
-    grid of I × J runs this is the two-way analysis of variance, ``σ²_a = (MS_a − MS_e) / J``; cells that are missing
-    (collapsed runs) or run twice are allowed. Estimates are unbiased and may come out negative: these are
-    given as 0, with a note.
+    where P projects onto both factors and the mean, P_b onto b and the mean, and Zₐ holds the indicators of a. On a
+    full grid of I × J runs this is the two-way analysis of variance, ``σ²_a = (MS_a − MS_e) / J``; cells that are
+    missing (collapsed runs) or run twice are allowed. Estimates are unbiased and may come out negative: these are given
+    as 0, with a note.
 
     On a paired design, where the two seeds change together, they cannot be told apart, and no component is given.
 
@@ -78,14 +78,12 @@ def variance_split(
     if why := _inseparable(len(y), rank, rank_a, rank_b):
         return VarianceSplit(total, note=why)
     residual = float(y @ (y - both @ y)) / (len(y) - rank)
-    found = {
-        "initialisation": _component(y, a, both - only_b, rank - rank_b, residual),
-        "order": _component(y, b, both - only_a, rank - rank_a, residual),
-    }
-    tiny = 1e-12 * max(total, float(y.square().mean()))
-    below = [name for name, value in found.items() if value < -tiny]
+    of_init = _component(y, a, both - only_b, rank - rank_b, residual)
+    of_order = _component(y, b, both - only_a, rank - rank_a, residual)
+    rounding = 1e-12 * float(y.square().mean())
+    below = [name for name, value in (("initialisation", of_init), ("order", of_order)) if value < -rounding]
     note = f"The estimate for {' and '.join(below)} is below zero and given as 0: too few runs to see it." * bool(below)
-    return VarianceSplit(total, *(max(value, 0.0) for value in found.values()), max(residual, 0.0), note)
+    return VarianceSplit(total, max(of_init, 0.0), max(of_order, 0.0), max(residual, 0.0), note)
 
 
 def _indicators(levels: Sequence[Hashable]) -> Tensor:
@@ -97,7 +95,8 @@ def _indicators(levels: Sequence[Hashable]) -> Tensor:
 def _projector(*columns: Tensor) -> Tensor:
     """The orthogonal projection onto the columns' span, ``(N, N)``."""
     design = torch.cat(columns, dim=1)
-    return design @ torch.linalg.pinv(design)
+    projector: Tensor = design @ torch.linalg.pinv(design)
+    return projector
 
 
 def _component(y: Tensor, levels: Tensor, beyond: Tensor, freedom: int, residual: float) -> float:
@@ -115,8 +114,8 @@ def _inseparable(count: int, rank: int, rank_a: int, rank_b: int) -> str:
         return f"All runs have the same seed of {one}: what the {other} contributes cannot be told from chance."
     if rank in (rank_a, rank_b):
         return (
-            "The seeds of initialisation and order change together (paired, not a grid): what each contributes cannot be "
-            "told apart. Run a grid of seeds to see it."
+            "The seeds of initialisation and order change together (paired, not a grid): what each contributes cannot "
+            "be told apart. Run a grid of seeds to see it."
         )
     if rank == count:
         return "Too few runs share a seed: what the seeds contribute cannot be told from chance. Run a full grid."

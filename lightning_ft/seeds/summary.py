@@ -112,9 +112,7 @@ def _spread(scores: Sequence[float | None]) -> dict[str, Any]:
 
 def _variance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     used = [run for run in runs if run["rung"] is not None and run["state"] not in _LUCKLESS]
-    split = variance_split(
-        [run["rung"] for run in used], [run["init"] for run in used], [run["order"] for run in used]
-    )
+    split = variance_split([run["rung"] for run in used], [run["init"] for run in used], [run["order"] for run in used])
     left_out = sum(run["state"] in _LUCKLESS for run in runs)
     return {**asdict(split), "runs": len(used), "left_out": left_out}
 

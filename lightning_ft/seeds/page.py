@@ -1,0 +1,208 @@
+"""A study's summary as one HTML page that needs nothing beside it: no script, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from lightning_ft.seeds.drawing import Drawing
+from lightning_ft.seeds.figures_of_runs import grid, learning_curves, strip
+from lightning_ft.seeds.figures_of_study import cost, expected_best, variance
+from lightning_ft.seeds.marks import Figure, Summary, counted, is_chosen, lucky, mark, metric, number
+from lightning_ft.seeds.style import STYLE, highlight
+
+WARNING = (
+    "The dev score of the best of many runs is optimistic by construction: that run was chosen because its dev score "
+    "is good. The test score is that of the chosen run alone; the test set was touched once, after the choice."
+)
+
+
+def page(summary: Summary) -> str:
+    """The whole page; whatever came from a user is escaped."""
+    study = summary["study"]
+    made = [strip(summary), learning_curves(summary), variance(summary), grid(summary)]
+    made += [expected_best(summary), cost(summary)]
+    figures = "\n".join(_figure(figure) for figure in made if figure is not None)
+    title = escape(f"{study['name']}: study of seeds")
+    # The policy lets the page load nothing and run nothing, whatever a name in it may hold.
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}{highlight([run["number"] for run in summary["runs"]])}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="over">Study of seeds</p>
+<h1>{escape(study["name"])}</h1>
+<p class="lead">{escape(lead(summary))}</p>
+{_notice(summary)}
+</header>
+<dl class="facts">{_facts(summary)}</dl>
+<p class="warning">{WARNING}</p>
+<div class="figures">
+{figures}
+</div>
+{_table(summary)}
+{_settings(study["settings"])}
+<footer>Made by lightning-ft. Point at a run in any figure or in the table to see it everywhere.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def lead(summary: Summary) -> str:
+    """The study in two sentences."""
+    study, count = summary["study"], len(summary["runs"])
+    text = f"{counted(count, 'run')} of one configuration that differ in their seeds, by {metric(summary)}."
+    if study["rung"] >= study["horizon"]:
+        return f"{text} Each has {study['horizon']:,} optimiser steps."
+    how = "the best" if study["rule"] == "rung" else f"by the rule {study['rule']} the best"
+    return (
+        f"{text} Ranked after {study['rung']:,} of {study['horizon']:,} optimiser steps; {how} {study['keep']} are "
+        "finished."
+    )
+
+
+def notice(summary: Summary) -> str:
+    """What is not as it should be, in words; nothing where all is well."""
+    states = summary["states"]
+    if not summary["runs"]:
+        return "This study has no runs yet."
+    if not summary["over"]:
+        waiting = sum(states.get(state, 0) for state in ("waiting", "running", "at rung"))
+        return f"This study is not finished: {counted(waiting, 'run')} still to come. All that follows may change."
+    if states.get("collapsed", 0) + states.get("failed", 0) == len(summary["runs"]):
+        return "Every run collapsed or failed: change the configuration before the seeds."
+    return "" if states.get("finished") else "No run was finished."
+
+
+def _notice(summary: Summary) -> str:
+    text = notice(summary)
+    return f'<p class="notice" role="status">{escape(text)}</p>' if text else ""
+
+
+def _facts(summary: Summary) -> str:
+    chosen, rung, spent = summary["chosen"], summary["at_rung"], summary["cost"]
+    bad = sum(not lucky(run) for run in summary["runs"])
+    facts = []
+    if chosen:
+        seeds = f"run {chosen['number']}: init {chosen['init']}, order {chosen['order']}, dropout {chosen['dropout']}"
+        facts.append(
+            (
+                "Test score, chosen run",
+                number(chosen["test"]),
+                seeds if chosen["test"] is not None else "not tested yet",
+            )
+        )
+        facts.append(
+            ("Dev score, chosen run", number(chosen["dev"]), f"the best of {counted(len(summary['runs']), 'run')}")
+        )
+    else:
+        facts.append(("Chosen run", "–", "none yet"))
+    deviation = (
+        ""
+        if rung["std"] is None
+        else f"± {number(rung['std'], 2)}, {number(rung['low'], 3)} to {number(rung['high'], 3)}"
+    )
+    facts.append(("Dev score at the rung, mean", number(rung["mean"], 3), deviation))
+    facts.append(("Collapsed or failed", str(bad), f"of {counted(len(summary['runs']), 'run')}"))
+    facts.append(("Cost, in full runs", number(spent["spent"], 3), f"all in full: {spent['all']}"))
+    return "".join(
+        f'<div class="fact{" main" * (i == 0)}"><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
+        f'<dd class="note">{escape(note)}</dd></div>'
+        for i, (name, value, note) in enumerate(facts)
+    )
+
+
+def _figure(figure: Figure) -> str:
+    return (
+        f'<figure id="{figure.name}"{"" if figure.drawing else " class=none"}><h2>{escape(figure.heading)}</h2>'
+        f"{figure.drawing}<figcaption>{escape(figure.caption)}</figcaption></figure>"
+    )
+
+
+_COLUMNS = ("run", "state", "init", "order", "dropout", "at rung", "at end", "loss", "steps", "time", "")
+
+
+def _table(summary: Summary) -> str:
+    head = "".join(f'<th scope="col"{_numeric(i)}>{name}</th>' for i, name in enumerate(_COLUMNS))
+    rows = "".join(_row(summary, run) for run in ranked(summary))
+    return (
+        '<section><h2>All runs, best first</h2><div class="scroll" role="region" aria-label="All runs" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def ranked(summary: Summary) -> list[dict[str, Any]]:
+    """Runs, best first: by how far they came, then by score."""
+    ranks = ("finished", "running", "at rung", "stopped", "waiting", "collapsed", "failed")
+    sign = -1 if summary["study"]["mode"] == "max" else 1
+
+    def place(run: dict[str, Any]) -> tuple[bool, int, bool, float, float]:
+        score = run["last"]
+        loss = float("inf") if run["loss"] is None else run["loss"]
+        key = (not is_chosen(summary, run), ranks.index(run["state"]), score is None)
+        return (*key, sign * (score or 0.0), loss)
+
+    return sorted(summary["runs"], key=place)
+
+
+def _row(summary: Summary, run: dict[str, Any]) -> str:
+    glyph = Drawing(16, 16)
+    mark(glyph, 8, 8, {**run, "reason": None}, chosen=is_chosen(summary, run))
+    state = "chosen" if is_chosen(summary, run) else run["state"]
+    cells = [
+        run["number"],
+        f"{glyph.svg('')}{escape(state)}",
+        *(run[seed] for seed in ("init", "order", "dropout")),
+        *(number(run[score]) for score in ("rung", "end", "loss")),
+        f"{run['steps']:,}",
+        duration(run["seconds"]),
+        escape(run["reason"] or ""),
+    ]
+    body = "".join(f"<td{_numeric(i)}>{cell}</td>" for i, cell in enumerate(cells))
+    return f'<tr class="run-{run["number"]}{" picked" * is_chosen(summary, run)}">{body}</tr>'
+
+
+def _numeric(column: int) -> str:
+    return "" if column == 1 else ' class="why"' if column == len(_COLUMNS) - 1 else ' class="n"'
+
+
+def duration(seconds: float | None) -> str:
+    """A time for people."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    if not settings:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_text(v))}</td></tr>' for name, v in settings.items()
+    )
+    table = f'<table class="settings"><tbody>{rows}</tbody></table>'
+    return f'<section><h2>Settings</h2><div class="scroll">{table}</div></section>'
+
+
+def _text(value: Any) -> str:
+    if (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and not any(isinstance(v, list | dict) for v in value)
+    ):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
