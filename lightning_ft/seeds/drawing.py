@@ -101,7 +101,7 @@ class Drawing:
         """The drawing, with what it shows in words for those who do not see it; none for mere decoration."""
         size = f'viewBox="0 0 {self.width:g} {self.height:g}"'
         words = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
-        return f'<svg {size} {words}>{"".join(self._parts)}</svg>'
+        return f"<svg {size} {words}>{''.join(self._parts)}</svg>"
 
     def _add(self, element: str, title: str = "") -> None:
         self._parts.append(
@@ -157,27 +157,31 @@ def padded(values: Sequence[float], share: float = 0.08) -> tuple[float, float]:
 
 
 def apart(places: Sequence[float], distance: float, low: float, high: float) -> list[float]:
-    """The places of labels, moved so that no two are closer than ``distance``, in the same order."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
+    """The places of labels, moved a little so that no two are closer than ``distance``, in the same order."""
+    groups: list[tuple[list[int], float]] = []  # labels that touch, and the middle of each group
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        members, middle = [i], max(low, min(places[i], high))
+        while groups and middle - groups[-1][1] < distance * (len(members) + len(groups[-1][0])) / 2:
+            members = groups.pop()[0] + members
+            room = distance * (len(members) - 1) / 2
+            middle = max(low + room, min(sum(places[j] for j in members) / len(members), high - room))
+        groups.append((members, middle))
     moved = list(places)
-    floor = low
-    for i in order:
-        moved[i] = max(moved[i], floor)
-        floor = moved[i] + distance
-    ceiling = high
-    for i in reversed(order):
-        moved[i] = min(moved[i], ceiling)
-        ceiling = moved[i] - distance
+    for members, middle in groups:
+        for rank, i in enumerate(members):
+            moved[i] = middle + (rank - (len(members) - 1) / 2) * distance
     return moved
 
 
-def swarm(places: Sequence[float], distance: float) -> list[float]:
-    """Offsets to the side such that no two dots at these places come closer than ``distance``."""
+def swarm(places: Sequence[float], distance: float, widest: float) -> list[float]:
+    """Offsets to the side at which no two dots come closer than ``distance``; pressed together beyond ``widest``."""
     done: list[tuple[float, float]] = []
     offsets = [0.0] * len(places)
     for i in sorted(range(len(places)), key=lambda i: places[i]):
+        near = [(a, b) for a, b in done if abs(places[i] - b) < distance]
         tries = (sign * step * distance / 2 for step in range(2 * len(places) + 1) for sign in (1, -1))
-        free = (o for o in tries if all(math.hypot(o - a, places[i] - b) >= distance * 0.999 for a, b in done))
+        free = (o for o in tries if all(math.hypot(o - a, places[i] - b) >= distance * 0.999 for a, b in near))
         offsets[i] = next(free)
         done.append((offsets[i], places[i]))
-    return offsets
+    width = max(map(abs, offsets), default=0.0)
+    return [offset * min(1.0, widest / width) for offset in offsets] if width else offsets

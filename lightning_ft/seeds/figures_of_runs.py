@@ -20,12 +20,14 @@ def strip(summary: Summary) -> Figure:
     lost = [run for run in runs if run["rung"] is None and not lucky(run)]
     if not values and not lost:
         return Figure("strip", heading, "", _NOTHING)
-    if study["chance"] is not None:
-        values.append(study["chance"])
+    chance = _within_sight(study["chance"], values)
+    values += [chance] * (chance is not None)
     low, high = padded(values)
     low -= (high - low) * 0.12 * bool(lost)
     axes = Axes((-0.5, len(columns) - 0.4), (low, high), ("", metric(summary)), ticks=False)
-    _chance(axes, study["chance"])
+    if chance is not None:
+        axes.line([(axes.left, axes.y(chance)), (axes.right, axes.y(chance))], "chance")
+        axes.text(axes.right, axes.y(chance) - 6, "always the commonest class", "tick", "end")
     for i, run in enumerate(lost):
         mark(axes, axes.left + 14 + 15 * i, axes.bottom - 12, run, chosen=False)
     if lost:
@@ -45,10 +47,12 @@ def strip(summary: Summary) -> Figure:
     return Figure("strip", heading, axes.svg(f"Strip plot of {metric(summary)}. {caption}"), caption)
 
 
-def _chance(axes: Axes, chance: float | None) -> None:
-    if chance is not None:
-        axes.line([(axes.left, axes.y(chance)), (axes.right, axes.y(chance))], "chance")
-        axes.text(axes.right, axes.y(chance) - 6, "always the commonest class", "tick", "end")
+def _within_sight(chance: float | None, scores: list[float]) -> float | None:
+    """The score of chance, unless it lies so far from all others that nothing could be seen of them."""
+    if chance is None or not scores:
+        return chance
+    spread = max(scores) - min(scores)
+    return chance if min(scores) - spread / 2 <= chance <= max(scores) + spread / 2 else None
 
 
 def _places(axes: Axes, columns: list[tuple[str, str]], runs: list[dict[str, Any]]) -> dict[int, dict[str, Point]]:
@@ -57,7 +61,7 @@ def _places(axes: Axes, columns: list[tuple[str, str]], runs: list[dict[str, Any
     for column, (name, _) in enumerate(columns):
         shown = [run for run in runs if run[name] is not None]
         heights = [axes.y(run[name]) for run in shown]
-        for run, offset, y in zip(shown, swarm(heights, 11.5), heights, strict=True):
+        for run, offset, y in zip(shown, swarm(heights, 11.5, 46), heights, strict=True):
             places.setdefault(run["number"], {})[name] = axes.x(column) + offset, y
     return places
 
@@ -74,11 +78,11 @@ def _mean(axes: Axes, column: int, found: dict[str, Any]) -> None:
     """A bar of mean ± standard deviation, beside the marks."""
     if found["std"] is None:
         return
-    x, title = axes.x(column) - 78, f"mean {number(found['mean'])} ± {number(found['std'], 3)}"
+    x, title = axes.x(column) - 76, f"mean {number(found['mean'])} ± {number(found['std'], 3)}"
     low, mid, high = (axes.y(found["mean"] + sign * found["std"]) for sign in (-1, 0, 1))
     axes.line([(x, low), (x, high)], "spread", title)
     axes.line([(x - 6, mid), (x + 6, mid)], "spread", title)
-    axes.text(x - 10, mid + 4, number(found["mean"], 3), "tick", "end")
+    axes.text(x, low + 16, f"mean {number(found['mean'], 3)}", "tick", "middle")
 
 
 def _strip_caption(summary: Summary, columns: int) -> str:
@@ -89,6 +93,8 @@ def _strip_caption(summary: Summary, columns: int) -> str:
         found = summary[name]
         if found["std"] is not None and (columns == 2 or name == "at_end"):
             parts.append(f"{where}: {number(found['mean'])} ± {number(found['std'], 3)} (mean ± standard deviation).")
+    if (chance := summary["study"]["chance"]) is not None:
+        parts.append(f"Always the commonest class: {number(chance, 3)}.")
     if bad := sum(not lucky(run) for run in summary["runs"]):
         parts.append(f"{counted(bad, 'run')} collapsed or failed (×): in neither mean nor standard deviation.")
     return " ".join(parts)
@@ -141,7 +147,7 @@ def grid(summary: Summary) -> Figure | None:
     heading = "Initialisation by data order"
     if not scores:
         return Figure("grid", heading, "", _NOTHING)
-    wide, high = min(430 / len(table["orders"]), 120), min(38.0, 430 / len(table["inits"]))
+    wide, high = min(430 / len(table["orders"]), 120), max(14.0, min(56.0, 250 / len(table["inits"])))
     drawing = Drawing(520, 56 + high * len(table["inits"]) + 8)
     drawing.text(74, 16, "seed of the data's order →", "name")
     drawing.text(6, 40, "init ↓", "name")
@@ -156,7 +162,8 @@ def grid(summary: Summary) -> Figure | None:
             _cell(drawing, box, runs.get(cell), worst, best, summary)
     caption = (
         f"{summary['study']['metric']} at the rung, by seed of the head's initialisation (rows) and of the data's "
-        "order (columns); a stronger colour is better. Rows that look alike across columns speak for the initialisation."
+        "order (columns); a stronger colour is better. A row of one colour speaks for the initialisation, a column of "
+        "one colour for the order."
     )
     return Figure("grid", heading, drawing.svg(f"Heat map. {caption}"), caption)
 
@@ -182,7 +189,6 @@ def _cell(
         return
     share = (run["rung"] - worst) / (best - worst) if best != worst else 0.5
     chosen = " picked" if is_chosen(summary, run) else ""
-    drawing.box(*box, f"{style} heat{chosen}", title=title, shade=0.08 + 0.87 * share)
+    drawing.box(*box, f"{style} heat{chosen}", title=title, shade=0.06 + 0.56 * share)
     if width >= 38 and height >= 16:
-        style = "label strong" if share > 0.5 else "label weak"
-        drawing.text(centre[0], centre[1] + 4, number(run["rung"], 3), style, "middle")
+        drawing.text(centre[0], centre[1] + 4, number(run["rung"], 3), "label", "middle")

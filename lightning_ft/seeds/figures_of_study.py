@@ -95,7 +95,7 @@ def cost(summary: Summary) -> Figure:
     parts = [f"In units of one full run of {study['horizon']:,} optimiser steps."]
     if found["planned"] is not None:
         parts.append(
-            f"Planned: t f + p (1 − f), for t = {found['all']} runs ranked after f = {number(study['stop_at'])} of "
+            f"Planned: t f + p (1 − f), for t = {found['all']} runs ranked after f = {study['stop_at']:g} of "
             f"the steps, of which p = {study['keep']} go on."
         )
     parts.append(f"Spent: {found['steps']:,} steps, those lost to interruptions included.")

@@ -26,8 +26,8 @@ class Figure(NamedTuple):
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for people, or a dash."""
-    return "–" if value is None else f"{value:.{digits}g}"
+    """A number for people, with all its digits for those who compare; or a dash."""
+    return "–" if value is None else f"{value:#.{digits}g}".rstrip(".")
 
 
 def counted(count: int, noun: str) -> str:

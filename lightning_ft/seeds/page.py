@@ -7,23 +7,23 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from lightning_ft.seeds.drawing import Drawing
 from lightning_ft.seeds.figures_of_runs import grid, learning_curves, strip
 from lightning_ft.seeds.figures_of_study import cost, expected_best, variance
-from lightning_ft.seeds.marks import Figure, Summary, counted, is_chosen, lucky, mark, metric, number
+from lightning_ft.seeds.marks import Figure, Summary, counted, lucky, metric, number
+from lightning_ft.seeds.run_table import run_table
 from lightning_ft.seeds.style import STYLE, highlight
 
 WARNING = (
     "The dev score of the best of many runs is optimistic by construction: that run was chosen because its dev score "
-    "is good. The test score is that of the chosen run alone; the test set was touched once, after the choice."
+    "is good. The test score is that of the chosen run alone; the test set is touched once, after the choice."
 )
 
 
 def page(summary: Summary) -> str:
     """The whole page; whatever came from a user is escaped."""
     study = summary["study"]
-    made = [strip(summary), learning_curves(summary), variance(summary), grid(summary)]
-    made += [expected_best(summary), cost(summary)]
+    made = [strip(summary), learning_curves(summary), grid(summary)]
+    made += [expected_best(summary), variance(summary), cost(summary)]
     figures = "\n".join(_figure(figure) for figure in made if figure is not None)
     title = escape(f"{study['name']}: study of seeds")
     # The policy lets the page load nothing and run nothing, whatever a name in it may hold.
@@ -49,7 +49,7 @@ def page(summary: Summary) -> str:
 <div class="figures">
 {figures}
 </div>
-{_table(summary)}
+{run_table(summary)}
 {_settings(study["settings"])}
 <footer>Made by lightning-ft. Point at a run in any figure or in the table to see it everywhere.</footer>
 </main>
@@ -90,101 +90,36 @@ def _notice(summary: Summary) -> str:
 
 
 def _facts(summary: Summary) -> str:
-    chosen, rung, spent = summary["chosen"], summary["at_rung"], summary["cost"]
-    bad = sum(not lucky(run) for run in summary["runs"])
-    facts = []
-    if chosen:
-        seeds = f"run {chosen['number']}: init {chosen['init']}, order {chosen['order']}, dropout {chosen['dropout']}"
-        facts.append(
-            (
-                "Test score, chosen run",
-                number(chosen["test"]),
-                seeds if chosen["test"] is not None else "not tested yet",
-            )
-        )
-        facts.append(
-            ("Dev score, chosen run", number(chosen["dev"]), f"the best of {counted(len(summary['runs']), 'run')}")
-        )
-    else:
-        facts.append(("Chosen run", "–", "none yet"))
-    deviation = (
-        ""
-        if rung["std"] is None
-        else f"± {number(rung['std'], 2)}, {number(rung['low'], 3)} to {number(rung['high'], 3)}"
-    )
-    facts.append(("Dev score at the rung, mean", number(rung["mean"], 3), deviation))
-    facts.append(("Collapsed or failed", str(bad), f"of {counted(len(summary['runs']), 'run')}"))
-    facts.append(("Cost, in full runs", number(spent["spent"], 3), f"all in full: {spent['all']}"))
     return "".join(
         f'<div class="fact{" main" * (i == 0)}"><dt>{escape(name)}</dt><dd class="value">{escape(value)}</dd>'
         f'<dd class="note">{escape(note)}</dd></div>'
-        for i, (name, value, note) in enumerate(facts)
+        for i, (name, value, note) in enumerate(_headline(summary))
     )
+
+
+def _headline(summary: Summary) -> list[tuple[str, str, str]]:
+    """The study's main numbers, each with its name and a note. The one place that says the test score."""
+    chosen, rung, spent = summary["chosen"], summary["at_rung"], summary["cost"]
+    of_all = f"of {counted(len(summary['runs']), 'run')}"
+    deviation = f"± {number(rung['std'], 2)}, {number(rung['low'], 3)} to {number(rung['high'], 3)}"
+    facts = [("Chosen run", "–", "none yet")]
+    if chosen:
+        seeds = f"run {chosen['number']}: init {chosen['init']}, order {chosen['order']}, dropout {chosen['dropout']}"
+        tested = "not tested yet" if chosen["test"] is None else seeds
+        facts = [("Test score, chosen run", number(chosen["test"]), tested)]
+        facts.append(("Dev score, chosen run", number(chosen["dev"]), f"the best {of_all}"))
+    return [
+        *facts,
+        ("Mean at the rung", number(rung["mean"], 3), "" if rung["std"] is None else deviation),
+        ("Collapsed or failed", str(sum(not lucky(run) for run in summary["runs"])), of_all),
+        ("Cost, in full runs", number(spent["spent"], 3), f"all in full: {spent['all']}"),
+    ]
 
 
 def _figure(figure: Figure) -> str:
     return (
         f'<figure id="{figure.name}"{"" if figure.drawing else " class=none"}><h2>{escape(figure.heading)}</h2>'
         f"{figure.drawing}<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
-
-
-_COLUMNS = ("run", "state", "init", "order", "dropout", "at rung", "at end", "loss", "steps", "time", "")
-
-
-def _table(summary: Summary) -> str:
-    head = "".join(f'<th scope="col"{_numeric(i)}>{name}</th>' for i, name in enumerate(_COLUMNS))
-    rows = "".join(_row(summary, run) for run in ranked(summary))
-    return (
-        '<section><h2>All runs, best first</h2><div class="scroll" role="region" aria-label="All runs" tabindex="0">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
-    )
-
-
-def ranked(summary: Summary) -> list[dict[str, Any]]:
-    """Runs, best first: by how far they came, then by score."""
-    ranks = ("finished", "running", "at rung", "stopped", "waiting", "collapsed", "failed")
-    sign = -1 if summary["study"]["mode"] == "max" else 1
-
-    def place(run: dict[str, Any]) -> tuple[bool, int, bool, float, float]:
-        score = run["last"]
-        loss = float("inf") if run["loss"] is None else run["loss"]
-        key = (not is_chosen(summary, run), ranks.index(run["state"]), score is None)
-        return (*key, sign * (score or 0.0), loss)
-
-    return sorted(summary["runs"], key=place)
-
-
-def _row(summary: Summary, run: dict[str, Any]) -> str:
-    glyph = Drawing(16, 16)
-    mark(glyph, 8, 8, {**run, "reason": None}, chosen=is_chosen(summary, run))
-    state = "chosen" if is_chosen(summary, run) else run["state"]
-    cells = [
-        run["number"],
-        f"{glyph.svg('')}{escape(state)}",
-        *(run[seed] for seed in ("init", "order", "dropout")),
-        *(number(run[score]) for score in ("rung", "end", "loss")),
-        f"{run['steps']:,}",
-        duration(run["seconds"]),
-        escape(run["reason"] or ""),
-    ]
-    body = "".join(f"<td{_numeric(i)}>{cell}</td>" for i, cell in enumerate(cells))
-    return f'<tr class="run-{run["number"]}{" picked" * is_chosen(summary, run)}">{body}</tr>'
-
-
-def _numeric(column: int) -> str:
-    return "" if column == 1 else ' class="why"' if column == len(_COLUMNS) - 1 else ' class="n"'
-
-
-def duration(seconds: float | None) -> str:
-    """A time for people."""
-    if seconds is None:
-        return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
 
 

@@ -4,12 +4,12 @@
 _LIGHT = """
   --page: #f7f7f5; --card: #ffffff; --ink: #1c1f23; --soft: #5c646d; --line: #e2e3e0; --track: #ececea;
   --first: #0072b2; --second: #b45f06; --rest: #8b939b; --good: #0072b2; --plain: #9aa2aa;
-  --chosen: #00785a; --bad: #c9480c; --heat: #0072b2; --strong: #ffffff; --weak: #1c1f23;
+  --chosen: #00785a; --bad: #c9480c; --heat: #0072b2;
 """
 _DARK = """
   --page: #131517; --card: #1b1e21; --ink: #e8e9ea; --soft: #a0a7ae; --line: #2e3338; --track: #2a2f34;
   --first: #56b4e9; --second: #e69f00; --rest: #848d95; --good: #56b4e9; --plain: #78828b;
-  --chosen: #35d0a2; --bad: #ff8552; --heat: #56b4e9; --strong: #10202b; --weak: #e8e9ea;
+  --chosen: #35d0a2; --bad: #ff8552; --heat: #2b87bd;
 """
 STYLE = f"""
 :root {{ color-scheme: light dark; {_LIGHT} }}
@@ -26,8 +26,8 @@ p {{ margin: 0; }}
 .lead {{ color: var(--soft); max-width: 48rem; overflow-wrap: anywhere; }}
 .notice {{ border-left: 4px solid var(--bad); background: var(--card); padding: .7rem 1rem; margin-top: 1.2rem; }}
 .facts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 1px; margin: 1.8rem 0 1rem;
-  background: var(--line); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }}
-.fact {{ background: var(--card); padding: 1rem 1.15rem; }}
+  background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }}
+.fact {{ box-shadow: 0 0 0 1px var(--line); padding: 1rem 1.15rem; }}
 .fact dt {{ font-size: .82rem; color: var(--soft); }}
 .fact dd {{ margin: 0; }}
 .fact .value {{ font-size: 1.7rem; line-height: 1.3; font-weight: 620; font-variant-numeric: tabular-nums;
@@ -47,8 +47,6 @@ svg text {{ font-size: 12.5px; fill: var(--soft); font-variant-numeric: tabular-
 svg .label {{ font-weight: 560; fill: var(--ink); }}
 svg .chosen-text {{ fill: var(--chosen); font-weight: 680; }}
 svg .good-text {{ fill: var(--good); }}
-svg .strong {{ fill: var(--strong); }}
-svg .weak {{ fill: var(--weak); }}
 path {{ fill: none; }}
 .grid {{ stroke: var(--line); }}
 .chance, .rung {{ stroke: var(--soft); stroke-dasharray: 3 4; }}
@@ -79,9 +77,10 @@ path {{ fill: none; }}
 table {{ border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }}
 th {{ text-align: left; font-weight: 560; color: var(--soft); white-space: nowrap; }}
 th, td {{ padding: .38rem .7rem .38rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }}
-tbody tr:last-child td {{ border-bottom: 0; }}
+tbody tr:last-child :is(th, td) {{ border-bottom: 0; }}
+td {{ white-space: nowrap; }}
 .n {{ text-align: right; }}
-td.why {{ min-width: 12rem; overflow-wrap: anywhere; color: var(--soft); }}
+td.why {{ min-width: 14rem; white-space: normal; overflow-wrap: anywhere; color: var(--soft); }}
 td svg {{ width: 16px; height: 16px; display: inline-block; vertical-align: -3px; margin-right: .35rem; }}
 tr.picked td {{ font-weight: 650; }}
 .settings th {{ padding-right: 1.5rem; vertical-align: top; }}

@@ -66,6 +66,7 @@ def _run(study: SeedStudy, run: SeedRun) -> dict[str, Any]:
     last, rung = run.last, _at_rung(study, run)
     done = {name: value for name, value in asdict(run).items() if name not in ("test", "checkpoint", "evaluations")}
     return done | {
+        "number": int(run.number),  # it names classes in a page
         "seconds": _finite(run.seconds),
         "rung": None if rung is None else _finite(rung.score),
         "end": _finite(last.score) if last is not None and run.state == "finished" else None,

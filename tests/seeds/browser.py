@@ -39,7 +39,9 @@ class Page:
         self.events.clear()
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._ask("Emulation.setEmulatedMedia", features=[scheme])
-        self._ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self._ask(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         self._ask("Page.navigate", url=path.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._receive()
@@ -79,7 +81,8 @@ class Page:
         self._sent += 1
         number = self._sent
         session = {} if self._session is None else {"sessionId": self._session}
-        os.write(self._writer, json.dumps({"id": number, "method": method, "params": params, **session}).encode() + b"\0")
+        message = {"id": number, "method": method, "params": params, **session}
+        os.write(self._writer, json.dumps(message).encode() + b"\0")
         while True:
             message = self._receive()
             if message.get("id") == number:
@@ -110,7 +113,9 @@ def browser() -> Iterator[Page]:
         raise FileNotFoundError(f"this test needs a browser, one of {', '.join(NAMES)}: apt-get install chromium")
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        flags = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe --no-first-run"
+        flags = (
+            "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --remote-debugging-pipe"
+        )
         # The browser reads its descriptor 3 and writes 4.
         line = f'exec "$0" {flags} --user-data-dir="$1" 3<&{theirs_in} 4>&{theirs_out}'
         process = subprocess.Popen(

@@ -1,0 +1,68 @@
+"""All runs of a study, as a table of its page."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+from lightning_ft.seeds.drawing import Drawing
+from lightning_ft.seeds.marks import Summary, is_chosen, mark, number
+
+_NAMES = ("run", "state", "init", "order", "dropout", "at rung", "at end", "loss", "steps", "time", "")
+_CLASSES = ("n", "", *["n"] * 8, "why")
+_RANKS = ("finished", "running", "at rung", "stopped", "waiting", "collapsed", "failed")
+
+
+def run_table(summary: Summary) -> str:
+    """The table, in HTML. It scrolls by itself where the page is narrow."""
+    runs = ranked(summary)
+    shown = len(_NAMES) - (not any(run["reason"] for run in runs))
+    head = "".join(f'<th scope="col" class="{_CLASSES[i]}">{_NAMES[i]}</th>' for i in range(shown))
+    rows = "".join(_row(summary, run, shown) for run in runs)
+    return (
+        '<section><h2>All runs, best first</h2><div class="scroll" role="region" aria-label="All runs" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
+    )
+
+
+def ranked(summary: Summary) -> list[dict[str, Any]]:
+    """The runs, best first: the chosen one, then by how far they came, then by score and loss."""
+    sign = -1 if summary["study"]["mode"] == "max" else 1
+
+    def place(run: dict[str, Any]) -> tuple[bool, int, float, float]:
+        score = math.inf if run["last"] is None else sign * run["last"]
+        loss = math.inf if run["loss"] is None else run["loss"]
+        return not is_chosen(summary, run), _RANKS.index(run["state"]), score, loss
+
+    return sorted(summary["runs"], key=place)
+
+
+def _row(summary: Summary, run: dict[str, Any], shown: int) -> str:
+    chosen, glyph = is_chosen(summary, run), Drawing(16, 16)
+    mark(glyph, 8, 8, run, chosen=chosen)
+    texts = [
+        run["number"],
+        "chosen" if chosen else run["state"],
+        *(run[seed] for seed in ("init", "order", "dropout")),
+        *(number(run[score]) for score in ("rung", "end", "loss")),
+        f"{run['steps']:,}",
+        duration(run["seconds"]),
+        run["reason"] or "",
+    ]
+    cells = [escape(str(text)) for text in texts[:shown]]
+    cells[1] = glyph.svg("") + cells[1]
+    body = "".join(f'<td class="{_CLASSES[i]}">{cell}</td>' for i, cell in enumerate(cells))
+    return f'<tr class="run-{run["number"]}{" picked" * chosen}">{body}</tr>'
+
+
+def duration(seconds: float | None) -> str:
+    """A time for people."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
