@@ -59,7 +59,7 @@ def expected_best_band(
 
     The scores are resampled, N of N with replacement, ``draws`` times; the band lies between the percentiles
     (1 − level)/2 and (1 + level)/2 of what the formula gives for each sample. No sample holds a score better than those
-    seen: for n near N the band is too narrow at its better side.
+    seen: the band is somewhat too narrow at its better side, most of all for n near N.
 
     Args:
         scores: Of all runs, ``(N,)``.

@@ -70,7 +70,7 @@ def variance_split(
         raise ValueError(f"scores={y.tolist()} must be finite: leave the others out")
     if len(y) < 2:
         return VarianceSplit(None, note="Variance needs two scores or more.")
-    total = float(y.var())
+    total, y = float(y.var()), y - y.mean()
     a, b = _indicators(init), _indicators(order)
     one = y.new_ones(len(y), 1)
     both, only_a, only_b = _projector(one, a, b), _projector(one, a), _projector(one, b)
@@ -80,7 +80,7 @@ def variance_split(
     residual = float(y @ (y - both @ y)) / (len(y) - rank)
     of_init = _component(y, a, both - only_b, rank - rank_b, residual)
     of_order = _component(y, b, both - only_a, rank - rank_a, residual)
-    rounding = 1e-12 * float(y.square().mean())
+    rounding = 1e-12 * total
     below = [name for name, value in (("initialisation", of_init), ("order", of_order)) if value < -rounding]
     note = f"The estimate for {' and '.join(below)} is below zero and given as 0: too few runs to see it." * bool(below)
     return VarianceSplit(total, max(of_init, 0.0), max(of_order, 0.0), max(residual, 0.0), note)
