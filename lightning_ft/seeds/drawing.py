@@ -37,7 +37,8 @@ class Scale:
         step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
         digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (round(step / power, 6) == 2.5)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [(i * step, f"{i * step:,.{digits}f}") for i in range(first, last + 1)]
+        form = f",.{digits}f" if max(abs(self.low), abs(self.high)) < 1e5 else ".4g"
+        return [(i * step, f"{i * step:{form}}") for i in range(first, last + 1)]
 
 
 class Drawing:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_ft.seeds.drawing import Axes, Drawing, Point, apart, padded, swarm
-from lightning_ft.seeds.marks import Figure, Summary, counted, is_chosen, lucky, mark, metric, number, said
+from lightning_ft.seeds.marks import Figure, Summary, counted, is_chosen, lucky, mark, metric, number, ranked, said
 
 _NOTHING = "No run has been evaluated yet."
+_LABELS = 12
 
 
 def strip(summary: Summary) -> Figure:
@@ -114,13 +115,14 @@ def learning_curves(summary: Summary) -> Figure:
         axes.line([(x, axes.top), (x, axes.bottom)], "rung")
         axes.text(x + 6, axes.bottom - 9, f"ranked here: the best {study['keep']} go on", "tick")
     ends = []
-    for run in sorted(runs, key=lambda run: (is_chosen(summary, run), run["state"] == "finished")):
+    for run in reversed(ranked({**summary, "runs": runs})):
         points = [None if score is None else axes.at(step, score) for step, score, _ in run["evaluations"]]
         axes.line(points, f"run-{run['number']} curve {_style(summary, run)}-curve", said(run))
         last = next(point for point in reversed(points) if point is not None)
         mark(axes, *last, run, chosen=is_chosen(summary, run), radius=3.5)
         if run["state"] == "finished":
             ends.append((last, run))
+    ends = ends[-_LABELS:]  # the chosen one is last
     for ((x, _), run), y in zip(ends, apart([y for (_, y), _ in ends], 15, axes.top, axes.bottom), strict=True):
         axes.text(x + 10, y + 4, f"run {run['number']}", f"label {_style(summary, run)}-text")
     caption = f"{study['metric']} on the dev set at each evaluation, a line for each run."
@@ -143,9 +145,9 @@ def grid(summary: Summary) -> Figure | None:
     if (table := summary["grid"]) is None:
         return None
     runs = {run["number"]: run for run in summary["runs"]}
-    scores = [run["rung"] for run in runs.values() if run["rung"] is not None and lucky(run)]
+    scores = [run["rung"] for run in runs.values() if run["rung"] is not None and lucky(run)] or [0.0]
     heading = "Initialisation by data order"
-    if not scores:
+    if all(run["rung"] is None and lucky(run) for run in runs.values()):
         return Figure("grid", heading, "", _NOTHING)
     wide, high = min(430 / len(table["orders"]), 120), max(14.0, min(56.0, 250 / len(table["inits"])))
     drawing = Drawing(520, 56 + high * len(table["inits"]) + 8)

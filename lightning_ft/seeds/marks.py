@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 from lightning_ft.seeds.drawing import Drawing
 
 Summary = dict[str, Any]
+_RANKS = ("finished", "running", "at rung", "stopped", "waiting", "collapsed", "failed")
 
 
 class Figure(NamedTuple):
@@ -49,6 +51,18 @@ def is_chosen(summary: Summary, run: dict[str, Any]) -> bool:
 def lucky(run: dict[str, Any]) -> bool:
     """Whether it neither collapsed nor failed."""
     return run["state"] not in ("collapsed", "failed")
+
+
+def ranked(summary: Summary) -> list[dict[str, Any]]:
+    """The runs, best first: the chosen one, then by how far they came, then by score and loss."""
+    sign = -1 if summary["study"]["mode"] == "max" else 1
+
+    def place(run: dict[str, Any]) -> tuple[bool, int, float, float]:
+        score = math.inf if run["last"] is None else sign * run["last"]
+        loss = math.inf if run["loss"] is None else run["loss"]
+        return not is_chosen(summary, run), _RANKS.index(run["state"]), score, loss
+
+    return sorted(summary["runs"], key=place)
 
 
 def said(run: dict[str, Any]) -> str:

@@ -61,13 +61,13 @@ def page(summary: Summary) -> str:
 def lead(summary: Summary) -> str:
     """The study in two sentences."""
     study, count = summary["study"], len(summary["runs"])
-    text = f"{counted(count, 'run')} of one configuration that differ in their seeds, by {metric(summary)}."
+    text = f"One configuration, {counted(count, 'run')} of different seeds, judged by {metric(summary)}."
     if study["rung"] >= study["horizon"]:
         return f"{text} Each has {study['horizon']:,} optimiser steps."
     how = "the best" if study["rule"] == "rung" else f"by the rule {study['rule']} the best"
     return (
-        f"{text} Ranked after {study['rung']:,} of {study['horizon']:,} optimiser steps; {how} {study['keep']} are "
-        "finished."
+        f"{text} Ranked after {study['rung']:,} of {study['horizon']:,} optimiser steps; {how} {study['keep']} "
+        f"{'is' if study['keep'] == 1 else 'are'} finished."
     )
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from lightning_ft.core.files import atomic_file
 from lightning_ft.core.report import Report
-from lightning_ft.seeds.marks import counted, number
+from lightning_ft.seeds.marks import counted, number, ranked
 from lightning_ft.seeds.page import notice, page
 from lightning_ft.seeds.record import SeedStudy
-from lightning_ft.seeds.run_table import ranked
 from lightning_ft.seeds.summary import summarise
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from html import escape
 from typing import Any
 
 from lightning_ft.seeds.drawing import Drawing
-from lightning_ft.seeds.marks import Summary, is_chosen, mark, number
+from lightning_ft.seeds.marks import Summary, is_chosen, mark, number, ranked
 
 _NAMES = ("run", "state", "init", "order", "dropout", "at rung", "at end", "loss", "steps", "time", "")
 _CLASSES = ("n", "", *["n"] * 8, "why")
-_RANKS = ("finished", "running", "at rung", "stopped", "waiting", "collapsed", "failed")
 
 
 def run_table(summary: Summary) -> str:
@@ -24,18 +22,6 @@ def run_table(summary: Summary) -> str:
         '<section><h2>All runs, best first</h2><div class="scroll" role="region" aria-label="All runs" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
     )
-
-
-def ranked(summary: Summary) -> list[dict[str, Any]]:
-    """The runs, best first: the chosen one, then by how far they came, then by score and loss."""
-    sign = -1 if summary["study"]["mode"] == "max" else 1
-
-    def place(run: dict[str, Any]) -> tuple[bool, int, float, float]:
-        score = math.inf if run["last"] is None else sign * run["last"]
-        loss = math.inf if run["loss"] is None else run["loss"]
-        return not is_chosen(summary, run), _RANKS.index(run["state"]), score, loss
-
-    return sorted(summary["runs"], key=place)
 
 
 def _row(summary: Summary, run: dict[str, Any], shown: int) -> str:

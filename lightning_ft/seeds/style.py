@@ -25,7 +25,7 @@ p {{ margin: 0; }}
   margin-bottom: .5rem; }}
 .lead {{ color: var(--soft); max-width: 48rem; overflow-wrap: anywhere; }}
 .notice {{ border-left: 4px solid var(--bad); background: var(--card); padding: .7rem 1rem; margin-top: 1.2rem; }}
-.facts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 1px; margin: 1.8rem 0 1rem;
+.facts {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(158px, 1fr)); gap: 1px; margin: 1.8rem 0 1rem;
   background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }}
 .fact {{ box-shadow: 0 0 0 1px var(--line); padding: 1rem 1.15rem; }}
 .fact dt {{ font-size: .82rem; color: var(--soft); }}
@@ -36,6 +36,8 @@ p {{ margin: 0; }}
 .fact.main .value {{ color: var(--chosen); }}
 .warning {{ font-size: .9rem; color: var(--soft); max-width: 56rem; margin-bottom: 1.8rem; }}
 .figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 20px; }}
+.figures > :last-child:nth-child(odd) {{ grid-column: 1 / -1; }}
+.figures > :last-child:nth-child(odd) svg {{ max-width: 560px; }}
 figure, section {{ margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 1.1rem 1.2rem; min-width: 0; }}
 section {{ margin-top: 20px; }}

@@ -138,11 +138,8 @@ def _expected(study: SeedStudy, runs: Sequence[dict[str, Any]], over: bool) -> l
         share = rung_step(study) / study.horizon
         curves.append(("stopped at the rung", share, [run["rung"] for run in ranked]))
     if over and drawn:
-        pruned = any(run["state"] == "stopped" for run in drawn)
-        name = "as this study ran them" if pruned else "in full"
-        cost = _cost(study)
-        total = cost["spent"] if cost["planned"] is None else cost["planned"]
-        curves.append((name, total / len(runs), [run["last"] for run in drawn]))
+        name = "in full" if all(run["state"] == "finished" for run in drawn) else "as this study ran them"
+        curves.append((name, _cost(study)["spent"] / len(runs), [run["last"] for run in drawn]))
     return [curve for one in curves if (curve := _curve(study, *one))]
 
 

@@ -67,15 +67,18 @@ def _live(load: Callable[[], SeedStudy], every: float, console: Console) -> Seed
 
 
 def _lines(load: Callable[[], SeedStudy], every: float, console: Console) -> SeedStudy:
-    study, said = None, ""
+    study: SeedStudy | None = None
+    said: object = ""
     try:
         while study is None or not over(study):
             if (now := _read(load)) is not None:
                 study = now
-            line = _BEFORE if study is None else headline(study)
-            if line != said:
+            # Steps grow all the time: what is news is a state or an evaluation.
+            news = study and [(run.state, len(run.evaluations)) for run in study.runs]
+            if news != said:
+                line = _BEFORE if study is None else headline(study)
                 console.print(line, markup=False, highlight=False, soft_wrap=True)
-                said = line
+                said = news
             if study is None or not over(study):
                 time.sleep(every)
     except KeyboardInterrupt:

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +71,15 @@ class Page:
         sent = [event["params"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [one["request"]["url"] for one in sent]
 
+    def point_at(self, selector: str) -> None:
+        """Move the mouse onto an element."""
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        box = self.evaluate(
+            f"(r => [r.x + r.width / 2, r.y + r.height / 2])(document.querySelector({json.dumps(selector)})"
+            ".getBoundingClientRect())"
+        )
+        self._ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
+
     def screenshot(self, path: Path) -> None:
         """Write the whole page as PNG."""
         answer = self._ask("Page.captureScreenshot", format="png", captureBeyondViewport=True)
@@ -130,4 +138,3 @@ def browser() -> Iterator[Page]:
             process.wait(30)
             os.close(ours_out)
             os.close(ours_in)
-            time.sleep(0.2)  # its own children are gone a moment later
