@@ -120,6 +120,7 @@ class Axes(Drawing):
         right: Room to the right of the plot.
         ticks: Whether the scale to the right has ticks.
         height: Of the canvas.
+        top: Room above the plot.
     """
 
     def __init__(
@@ -131,9 +132,10 @@ class Axes(Drawing):
         right: float = 16,
         ticks: bool = True,
         height: float = 330,
+        top: float = 34,
     ) -> None:
         super().__init__(520, height)
-        self.left, self.top, self.right, self.bottom = 52.0, 34.0, self.width - right, height - 44.0
+        self.left, self.top, self.right, self.bottom = 52.0, top, self.width - right, height - 44.0
         self.x, self.y = Scale(*x, self.left, self.right), Scale(*y, self.bottom, self.top)
         for value, name in self.y.ticks():
             self.line([(self.left, self.y(value)), (self.right, self.y(value))], "grid")

@@ -43,14 +43,17 @@ def expected_best(summary: Summary) -> Figure:
         return Figure("best", heading, "", "No run has a score yet.")
     values = [value for curve in curves for part in ("low", "high") for value in curve[part]]
     furthest = max(cost for curve in curves for cost in curve["cost"])
-    axes = Axes((0, furthest), padded(values), ("budget, in full runs", f"expected best {metric(summary)}"), right=24)
+    axes = Axes(
+        (0, furthest), padded(values), ("budget, in full runs", f"expected best {metric(summary)}"), right=24, top=58
+    )
     for curve, style in zip(curves, _STYLES, strict=False):
         places = {part: [axes.at(*at) for at in zip(curve["cost"], curve[part], strict=True)] for part in _PARTS}
         if len(curve["n"]) > 1:
             axes.area(places["high"], places["low"], f"band {style}")
         axes.line(places["expected"], f"curve {style}-line", curve["name"])
+        radius = 2.5 if len(curve["n"]) <= 60 else 1.0
         for at, n, value in zip(places["expected"], curve["n"], curve["expected"], strict=True):
-            axes.dot(*at, f"{style} dot", radius=2.5, title=f"best of {n}, {curve['name']}: {number(value)}")
+            axes.dot(*at, style, radius=radius, title=f"best of {n}, {curve['name']}: {number(value)}")
     _names(axes, curves)
     return Figure("best", heading, axes.svg(f"Line plot. {_caption(curves)}"), _caption(curves))
 
@@ -59,11 +62,11 @@ _PARTS = ("expected", "low", "high")
 
 
 def _names(axes: Axes, curves: list[dict[str, Any]]) -> None:
-    """A key in the corner that rising curves leave empty."""
+    """A key above the plot."""
     for i, curve in enumerate(curves):
-        y = axes.bottom - 14 - 20 * (len(curves) - 1 - i)
-        axes.box(axes.right - 16, y - 9, 16, 10, _STYLES[i])
-        axes.text(axes.right - 24, y, curve["name"], "label", "end")
+        x = 6 + 240 * i
+        axes.box(x, 31, 16, 10, _STYLES[i])
+        axes.text(x + 22, 41, curve["name"], "label")
 
 
 def _caption(curves: list[dict[str, Any]]) -> str:
