@@ -72,6 +72,17 @@ def test_it_finds_the_components_that_were_put_in(missing: int) -> None:
     assert found.tolist() == pytest.approx([4.0, 1.0, 0.09], rel=0.12)
 
 
+def test_one_seeds_effect_does_not_leak_into_the_others() -> None:
+    design = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 2), (2, 1), (2, 0)]  # a grid with holes
+    init, order = [i for i, _ in design], [j for _, j in design]
+    scores = torch.rand(7, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + torch.tensor(init)
+    before = variance_split(scores, init, order)
+    after = variance_split(scores + 100.0 * torch.tensor(order), init, order)
+    assert after.order is not None
+    assert after.order > 1000
+    assert (after.init, after.residual) == pytest.approx((before.init, before.residual))
+
+
 def test_cells_run_twice_are_allowed() -> None:
     # y = a + b exactly: no residual, whichever cells there are.
     design = [(0, 0), (0, 0), (0, 1), (1, 0), (1, 1), (2, 1)]
