@@ -115,4 +115,4 @@ def test_wheel_imports_every_subpackage_away_from_the_tree(tmp_path: Path) -> No
     location, has_config = done.stdout.split()[-2:]
     assert Path(location).is_relative_to(tmp_path / "venv")
     assert has_config == "True"
-    assert {"callbacks", "core", "data", "export", "functional", "metrics", "modules", "plugins"} == set(parts)
+    assert {"callbacks", "core", "data", "export", "functional", "metrics", "modules", "plugins", "seeds"} == set(parts)
