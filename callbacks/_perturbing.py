@@ -1,0 +1,315 @@
+"""A module's training step, run several times over a batch by a perturbation method."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_ft.callbacks._quiet import metrics_of, quiet
+from lightning_ft.callbacks._trainer import refuse_deepspeed
+from lightning_ft.core.token_inputs import TokenInputs
+from lightning_ft.core.undisturbed import RandomState
+from lightning_ft.functional.found_logits import FoundLogits, Logits
+from lightning_ft.functional.passes import Method, Pass, Seen, complete, resume
+from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, fresh
+from lightning_ft.functional.r3f import Dropout
+from lightning_ft.functional.snapshots import Answer
+
+_OWN = "_lightning_ft_perturbs"
+
+
+class Perturbing:
+    """Stands in for ``training_step`` while a fit runs, and returns the loss of a perturbation method in its place.
+
+    The first pass is the step as it is. A pass of which the loss is needed calls the step again with the same
+    arguments, ``self.log`` silenced and its metrics put back afterwards. One of which only logits are needed repeats
+    the calls that the step made of the model; where they come from a module that does not embed the tokens itself, the
+    step up to there. Under automatic optimisation the step returns one scalar, which is differentiated once; in manual
+    optimisation the first loss that it gives to ``manual_backward`` is replaced, and a repeated step ends there.
+
+    Args:
+        callback: For messages.
+        start: Makes the method for a batch; None leaves the batch as it is.
+    """
+
+    def __init__(self, callback: Callback, start: Callable[[], Method | None]) -> None:
+        self._callback = callback
+        self.start = start
+        self.trainer: Trainer | None = None
+        self.module: LightningModule | None = None
+        self.found: FoundLogits | None = None
+        self._run: _Run | None = None
+
+    def attach(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        inputs: TokenInputs | None,
+        *,
+        reads_logits: bool = False,
+        logits: Logits = None,
+    ) -> None:
+        """Call in ``on_train_start``.
+
+        Args:
+            trainer: The trainer.
+            module: Its module.
+            inputs: Which embeddings are perturbed.
+            reads_logits: Whether the method reads logits.
+            logits: Where they are, if they are not found.
+
+        Raises:
+            ValueError: The embeddings are not found; something else runs that goes with no repetition.
+        """
+        self.release()
+        refuse(trainer, module, self._callback)
+        self.trainer, self.module = trainer, module
+        self.words = PerturbedEmbeddings(module, inputs)
+        self.found = FoundLogits(module, self.words.calls, logits) if reads_logits else None
+        self.metrics = metrics_of(module)
+        own = vars(module)
+        self._before = {name: own[name] for name in ("training_step", "manual_backward") if name in own}
+        self._stand_ins = {
+            "training_step": self._training_step(module.training_step),
+            "manual_backward": self._manual_backward(module.manual_backward),
+        }
+        own.update(self._stand_ins)
+
+    def release(self) -> None:
+        """Leave the module as it was. Call in ``teardown`` and ``on_exception``."""
+        module, self.module = self.module, None
+        if module is None:
+            return
+        self.words.remove()
+        if self.found is not None:
+            self.found.remove()
+        own = vars(module)
+        for name, stand_in in self._stand_ins.items():
+            # Something that came later may stand in for this one, which then does nothing.
+            if own.get(name) is stand_in:
+                del own[name]
+                own.update({key: value for key, value in self._before.items() if key == name})
+
+    def log(self, values: Mapping[str, Tensor]) -> None:
+        """Log what a method tells of a batch."""
+        assert self.module is not None
+        assert self.trainer is not None
+        if self.trainer.loggers:
+            self.module.log_dict({name: value.detach() for name, value in values.items()}, batch_size=1)
+
+    @contextmanager
+    def listening(self, *, record: bool = False) -> Iterator[None]:
+        """The calls that the step makes are outermost ones: DDP and FSDP call the module around its own step."""
+        calls = self.words.calls
+        around, calls.calls = calls.calls, []
+        if self.found is not None:
+            self.found.begin(record=record)
+        try:
+            yield
+        finally:
+            calls.calls = around
+            if self.found is not None:
+                self.found.end()
+
+    def _training_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            method = None if self.module is None else self.start()
+            if method is None:
+                return step(*args, **kwargs)
+            assert self.module is not None
+            run = self._run = _Run(self, step, args, kwargs, method)
+            self.words.begin()
+            try:
+                return run.automatic() if self.module.automatic_optimization else run.manual()
+            finally:
+                self._run = None
+                method.close()
+                self.words.end()
+
+        setattr(training_step, _OWN, self)
+        return training_step
+
+    def _manual_backward(self, backward: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(backward)
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            backward(loss if self._run is None else self._run.replaced(loss), *args, **kwargs)
+
+        return manual_backward
+
+
+class _Run:
+    """The passes over one batch."""
+
+    def __init__(self, owner: Perturbing, step: Callable[..., Any], args: Any, kwargs: Any, method: Method) -> None:
+        self._owner = owner
+        self._first = functools.partial(step, *args, **kwargs)
+        kept, named = fresh(args), fresh(kwargs)
+        self._step = lambda: step(*fresh(kept), **fresh(named))
+        self._method = method
+        self._state: RandomState | None = None
+        self._wants_loss = True
+        self._repeats = False
+
+    def automatic(self) -> Any:
+        outputs: list[Any] = []
+
+        def first(wanted: Pass) -> Seen:
+            with self._owner.listening(record=True):
+                outputs.append(self._first())
+            return self._seen(_loss_of(outputs[0]))
+
+        try:
+            total, terms = complete(self._method, first, self._again)
+        except _NoLoss:
+            if outputs[0] is None:  # a step that skips its batch
+                return None
+            raise
+        self._owner.log(terms)
+        return {**outputs[0], "loss": total} if isinstance(outputs[0], Mapping) else total
+
+    def manual(self) -> Any:
+        self._state = RandomState.now() if next(self._method).same_masks else None
+        with self._owner.listening(record=True):
+            return self._first()
+
+    def replaced(self, loss: Tensor) -> Tensor:
+        """What ``manual_backward`` differentiates in the place of ``loss``."""
+        if self._repeats:
+            raise _Done(loss)
+        if not self._wants_loss:
+            return loss
+        self._wants_loss = False
+        total, terms = resume(self._method, self._seen(loss), self._again, self._state)
+        self._owner.log(terms)
+        return total
+
+    def _seen(self, loss: Tensor | None) -> Seen:
+        owner = self._owner
+        if not owner.words.places:
+            raise ValueError(
+                f"{type(owner.module).__name__}.training_step embedded no tokens with the embeddings that were found: "
+                'name those that it uses, inputs=TokenInputs(embedding="encoder.tokens"); a model that is compiled as '
+                "a whole may run on without them"
+            )
+        logits = [] if owner.found is None else owner.found.take()
+        return Seen(loss, logits, getattr(owner.module, "loss_factor", 1.0))
+
+    def _again(self, wanted: Pass) -> Seen:
+        owner = self._owner
+        assert owner.trainer is not None
+        assert owner.module is not None
+        expected = 0 if owner.found is None else len(owner.found.logits)
+        self._repeats = True
+        try:
+            with quiet(owner.trainer, owner.module, owner.metrics), wanted.within(), owner.listening():
+                loss = self._repeat_step() if wanted.whole else self._repeat_model(expected)
+            return self._seen(loss)
+        finally:
+            self._repeats = False
+
+    def _repeat_step(self) -> Tensor:
+        try:
+            return _loss_of(self._step())
+        except _Done as done:
+            assert done.loss is not None
+            return done.loss
+
+    def _repeat_model(self, expected: int) -> None:
+        found = self._owner.found
+        assert found is not None
+        if found.path is None:
+            for module, args, kwargs in found.calls:
+                module(*fresh(args), **fresh(kwargs))
+            return
+
+        def enough() -> None:
+            if len(found.logits) >= expected:
+                raise _Done
+
+        found.enough = enough
+        try:
+            self._step()
+        except _Done:
+            pass
+
+
+class _Done(BaseException):
+    """Ends a repeated step. No ``except Exception`` in the step may stop it."""
+
+    def __init__(self, loss: Tensor | None = None) -> None:
+        super().__init__()
+        self.loss = loss
+
+
+class _NoLoss(ValueError):
+    pass
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise _NoLoss(
+            f"training_step returned a {type(output).__name__}: perturbation methods need a loss, or a mapping with "
+            '"loss", of each pass over a batch'
+        )
+    return loss
+
+
+def answer_of(module: nn.Module, answer: Answer | None) -> Answer | None:
+    """What the logits mean: as given, else several labels at once where a transformers configuration says so."""
+    configs = (getattr(child, "config", None) for child in module.modules())
+    several = any(getattr(c, "problem_type", None) == "multi_label_classification" for c in configs)
+    return "multi_label" if answer is None and several else answer
+
+
+def check(answer: Answer | None = None, dropout: str = "shared", **at_least_zero: float) -> None:
+    """Refuse bad arguments.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if answer not in (None, *get_args(Answer)):
+        raise ValueError(f"answer={answer!r} must be one of {', '.join(get_args(Answer))}, or None")
+    if dropout not in get_args(Dropout):
+        raise ValueError(f'dropout={dropout!r} must be "independent" or "shared"')
+    for argument, value in at_least_zero.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{argument}={value!r} must be a number, 0 or more")
+
+
+def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> None:
+    """Refuse what a repeated or perturbed step does not go with.
+
+    Raises:
+        ValueError: DeepSpeed; FSDP2; a compiled training step; a cache of the frozen prefix; another perturbation; a
+            callback whose own term would be counted in each pass.
+    """
+    name = type(callback).__name__
+    refuse_deepspeed(trainer, callback)
+    if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one of them out"
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            f"{name} calls training_step several times, and torch.compile({type(module).__name__}) has compiled it: "
+            "compile the model inside instead"
+        )
+    step = vars(module).get("training_step")
+    earlier = getattr(step, _OWN, None)
+    if earlier is not None and earlier.module is None:
+        return
+    if earlier is not None:
+        raise ValueError(f"{name} beside another perturbation method: use one of them at a time (NEFTune goes with all)")
+    if step is not None:
+        raise ValueError(
+            f"{name} would call what another callback has put in the place of training_step several times: list {name} "
+            "before it in callbacks=[...]"
+        )
