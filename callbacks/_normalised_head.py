@@ -61,8 +61,8 @@ class NormalisedHead:
             self._writer = None
 
     def state(self) -> Tensor | None:
-        """W."""
-        return self._raw if self._norm is None else self._norm.layer.weight.detach()
+        """W, a copy: when the fit ends the layer holds W/σ(W)."""
+        return self._raw if self._norm is None else self._norm.layer.weight.detach().clone()
 
     def load(self, state: Tensor | None) -> None:
         """Go on from :meth:`state`."""

@@ -45,7 +45,8 @@ def authors_free_lb(
         (loss_at(delta) / steps).backward()
         if k == steps - 1:
             break
-        gradient = delta.grad.clone()
+        # Theirs moves padding, too, where it has a gradient (a label on it).
+        gradient = delta.grad * rows["attention_mask"].unsqueeze(-1)
         norm = gradient.view(len(gradient), -1).norm(dim=1).view(-1, 1, 1).clamp(min=1e-8)
         delta = (delta + alpha * gradient / norm).detach()
         if max_norm > 0:
