@@ -69,8 +69,8 @@ class Perturbing:
         """
         self.release()
         refuse(trainer, module, self._callback)
-        self.trainer, self.module = trainer, module
         self.words = PerturbedEmbeddings(module, inputs)
+        self.trainer, self.module = trainer, module
         self.found = FoundLogits(module, self.words.calls, logits) if reads_logits else None
         self.metrics = metrics_of(module)
         own = vars(module)

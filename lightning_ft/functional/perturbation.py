@@ -196,6 +196,6 @@ def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 1.0, k
             raise
         raise ValueError(
             "re-entrant gradient checkpointing gives no gradient to a perturbation: enable it with "
-            'gradient_checkpointing_enable({"use_reentrant": False}), or use the callback ActivationCheckpointing'
+            '{"use_reentrant": False}, or use the callback ActivationCheckpointing'
         ) from error
     return [torch.zeros_like(d) if g is None else g.float() for g, d in zip(found, deltas, strict=True)]
