@@ -83,7 +83,7 @@ def find_head(module: LightningModule, head: bool | str, layers: Layers) -> tupl
         found = {head: linear[head]} if head in linear else {}
     if len(found) != 1:
         raise ValueError(
-            f"spectral_norm={head!r} must name the linear layer that gives the logits, where the head has not just one: "
+            f"spectral_norm={head!r} must name the linear layer that gives the logits, unless the head has just one: "
             f'spectral_norm="{next(reversed(found or linear or {"classifier": None}))}"; there are: '
             f"{', '.join(found or linear) or 'none'}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -167,7 +167,7 @@ class _Run:
 
         try:
             total, terms = complete(self._method, first, self._again)
-        except _NoLoss:
+        except _NoLossError:
             if outputs[0] is None:  # a step that skips its batch
                 return None
             raise
@@ -218,8 +218,7 @@ class _Run:
         try:
             return _loss_of(self._step())
         except _Done as done:
-            assert done.loss is not None
-            return done.loss
+            return done.given()
 
     def _repeat_model(self, expected: int) -> None:
         found = self._owner.found
@@ -234,10 +233,8 @@ class _Run:
                 raise _Done
 
         found.enough = enough
-        try:
+        with suppress(_Done):
             self._step()
-        except _Done:
-            pass
 
 
 class _Done(BaseException):
@@ -245,17 +242,21 @@ class _Done(BaseException):
 
     def __init__(self, loss: Tensor | None = None) -> None:
         super().__init__()
-        self.loss = loss
+        self._loss = loss
+
+    def given(self) -> Tensor:
+        assert self._loss is not None
+        return self._loss
 
 
-class _NoLoss(ValueError):
+class _NoLossError(ValueError):
     pass
 
 
 def _loss_of(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise _NoLoss(
+        raise _NoLossError(
             f"training_step returned a {type(output).__name__}: perturbation methods need a loss, or a mapping with "
             '"loss", of each pass over a batch'
         )
@@ -295,7 +296,7 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
     refuse_deepspeed(trainer, callback)
     if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
-            f"{name} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one of them out"
+            f"{name} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one out"
         )
     if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
@@ -307,7 +308,9 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
     if earlier is not None and earlier.module is None:
         return
     if earlier is not None:
-        raise ValueError(f"{name} beside another perturbation method: use one of them at a time (NEFTune goes with all)")
+        raise ValueError(
+            f"{name} beside another perturbation method: use one of them at a time (NEFTune goes with all)"
+        )
     if step is not None:
         raise ValueError(
             f"{name} would call what another callback has put in the place of training_step several times: list {name} "

@@ -15,8 +15,8 @@ from lightning_ft.functional.r3f import Dropout
 class FGM(Callback):
     """Train on L(x) + w · L(x + r), with r = ε g/‖g‖₂ of each example and g = ∂L(x)/∂x.
 
-    x are the embedded tokens. While the fit runs ``training_step`` is stood in for: it runs twice on a batch, the second
-    time without logging, and returns the sum, see :class:`~lightning_ft.callbacks.FreeLB`. An example whose gradient is
+    x are the embedded tokens. While the fit runs ``training_step`` is stood in for: it runs twice on a batch, the
+    second time without logging, and returns the sum, see :class:`~lightning_ft.callbacks.FreeLB`. An example whose gradient is
     0, or not finite, is not perturbed. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
 
     The utility of the same name that goes round edits the embedding table by its ``.grad`` between two backward passes:

@@ -34,8 +34,8 @@ class SMART(Callback):
     first tenth of training and 0.999 after it; it lives in fp32 beside the model, outside the optimiser, and travels in
     the callback's state, so that a resumed run goes on exactly. What no optimiser holds is the same in both.
 
-    While the fit runs ``training_step`` is stood in for, see :class:`~lightning_ft.callbacks.R3F`: it runs as it is, and
-    the calls that it made of the model are repeated: with δ for the ascent, with the worst δ, and without gradients
+    While the fit runs ``training_step`` is stood in for, see :class:`~lightning_ft.callbacks.R3F`: it runs as it is,
+    and the calls that it made of the model are repeated: with δ for the ascent, with the worst δ, and without gradients
     under θ̃. That is steps + 2 more forward passes and as many backward passes as there are steps.
 
     Logs ``smart`` and ``bregman`` (without λ and μ) where the trainer has a logger.

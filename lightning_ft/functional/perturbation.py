@@ -53,10 +53,8 @@ def disagreement(one: Tensor, other: Tensor, answer: Answer | None = None) -> Te
     if answer == "single_label":
         return symmetric_kl(one, other)
     one, other = one.float(), other.float()
-    if answer == "multi_label":
-        each = (one.sigmoid() - other.sigmoid()) * (one - other)
-    else:
-        each = (one - other).square()
+    apart = one - other
+    each = apart * (one.sigmoid() - other.sigmoid()) if answer == "multi_label" else apart.square()
     return each.sum(-1) if each.ndim > 1 else each
 
 
@@ -84,7 +82,7 @@ def draw(kind: Noise, size: float, like: Tensor) -> Tensor:
 
 
 def even_noise(magnitude: float, real: Tensor, width: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """U(−1, 1) · ``magnitude`` / √(L d) on the L real tokens of each example, 0 elsewhere: its norm is ``magnitude``/√3.
+    """U(−1, 1) · ``magnitude`` / √(L d) on the L real tokens of each example, 0 elsewhere: of norm ``magnitude``/√3.
 
     Args:
         magnitude: FreeLB's initial magnitude, NEFTune's α.

@@ -272,6 +272,7 @@ class Hook:
         self._function = torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
+        """Call the function."""
         return self._function(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Hook:

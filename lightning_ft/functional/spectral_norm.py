@@ -51,7 +51,7 @@ def normalised(weight: Tensor) -> Tensor:
 class NormalisedLayer:
     """Lets a linear layer compute with W/σ(W) while its parameter stays W; ends with :meth:`remove`.
 
-    For the duration of ``forward`` the normalised weight stands before the parameter in the layer's instance dictionary.
+    While ``forward`` runs the normalised weight stands before the parameter, in the layer's instance dictionary.
 
     Args:
         layer: The layer.

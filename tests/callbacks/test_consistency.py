@@ -18,7 +18,9 @@ from tests.perturbing import SEED, Keep, Project, assert_same, backward, batch, 
 def both_ways(one: Tensor, other: Tensor) -> Tensor:
     """The symmetric KL of each row, as fairseq has it."""
     a, b = (F.log_softmax(x, -1, dtype=torch.float32) for x in (one, other))
-    return (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(-1)
+    return (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(
+        -1
+    )
 
 
 def tokens(first: int, width: int = 5, classes: int = 50) -> Tensor:
@@ -165,7 +167,7 @@ def test_several_labels_at_once_are_told_by_the_configuration() -> None:
 
 
 def test_embeddings_of_half_precision_are_refused_where_the_noise_is_nothing() -> None:
-    with pytest.raises(ValueError, match="epsilon=1e-05 rounds to nothing beside embeddings in torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"epsilon=1e-05 rounds to nothing beside embeddings in torch\.bfloat16"):
         step(Project(bert().bfloat16(), batch()), R3F())
 
 

@@ -95,7 +95,11 @@ def test_a_head_that_the_step_calls_itself_is_named_by_its_path(name: str) -> No
 @pytest.mark.parametrize(
     ("module", "logits", "said"),
     [
-        (lambda: Inline(batch()), None, r"the logits are not found: the model returned a .*Output.*logits=\"classifier\""),
+        (
+            lambda: Inline(batch()),
+            None,
+            r"the logits are not found: the model returned a .*Output.*logits=\"classifier\"",
+        ),
         (lambda: Wrapped(Scores("mapping"), batch()), None, "returned a dict of scores, and none has `logits`"),
         (lambda: Wrapped(Scores("mapping"), batch()), "answers", "logits='answers' names none of it"),
         (lambda: Wrapped(Scores("mapping"), batch()), lambda output: None, "gave no tensor of floats"),
@@ -121,10 +125,12 @@ def test_token_logits_that_the_loss_does_not_read_are_refused() -> None:
     class Detached(Project):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             output = self.net(**batch)
-            return F.cross_entropy(output.logits.clone().detach().requires_grad_().flatten(0, 1), batch["labels"].flatten())
+            return F.cross_entropy(
+                output.logits.clone().detach().requires_grad_().flatten(0, 1), batch["labels"].flatten()
+            )
 
     net = bert("TokenClassification", num_labels=3)
-    with pytest.raises(ValueError, match="the loss is not computed from the logits .* logits="):
+    with pytest.raises(ValueError, match=r"the loss is not computed from the logits .* logits="):
         step(Detached(net, batch(labels=torch.randint(3, (4, 6)))), R3F())
 
 
@@ -277,7 +283,9 @@ def test_embeddings_that_are_computed_again_are_refused() -> None:
     class Whole(Project):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             call = torch.utils.checkpoint.checkpoint
-            return F.cross_entropy(call(lambda ids: self.net(ids).logits, batch["input_ids"], use_reentrant=False), batch["labels"])
+            return F.cross_entropy(
+                call(lambda ids: self.net(ids).logits, batch["input_ids"], use_reentrant=False), batch["labels"]
+            )
 
     with pytest.raises(ValueError, match="embeddings are computed again in the backward pass"):
         step(Whole(bert(), batch()), FGM())
@@ -306,7 +314,9 @@ def test_a_compiled_lightning_module_is_refused() -> None:
         step(torch.compile(Project(bert(), batch()), backend="eager"), FGM())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, at a graph break
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # torch's own, at a graph break
 @pytest.mark.parametrize("make", [METHODS["smart"], METHODS["free-lb"]], ids=["smart", "free-lb"])
 def test_a_compiled_model_does_what_the_plain_one_does(make: Callable[..., Callback]) -> None:
     rows = batch()
@@ -412,7 +422,7 @@ def test_embeddings_that_are_not_found_name_the_argument() -> None:
 
     with pytest.raises(ValueError, match=r'name them, inputs=TokenInputs\(embedding="encoder.tokens"\)'):
         step(Two(), FGM())
-    with pytest.raises(ValueError, match="embedding='c' must be the path of a module; embeddings are: net.a, net.b"):
+    with pytest.raises(ValueError, match=r"embedding='c' must be the path of a module; embeddings are: net\.a, net\.b"):
         step(Two(), FGM(inputs=TokenInputs("c")))
     with pytest.raises(ValueError, match="embedded no tokens with the embeddings that were found"):
         step(Two(), FGM(inputs=TokenInputs("net.b")))

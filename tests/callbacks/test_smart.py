@@ -110,9 +110,7 @@ def test_the_average_agrees_with_the_iterate_it_was_taken_from() -> None:
 def test_the_average_is_what_runs_under_autocast_too(precision: Any) -> None:
     """Autocast would hand out the casts of the iterate's weights that the first pass made."""
     rows = batch()
-    values = logged(
-        Project(bert(), rows, batches=3, lr=0.3), SMART(0.0, 1.0, dropout="shared"), precision=precision
-    )
+    values = logged(Project(bert(), rows, batches=3, lr=0.3), SMART(0.0, 1.0, dropout="shared"), precision=precision)
     assert values["bregman"][0] == 0
     assert values["bregman"][2] > 1e-4
 
@@ -182,8 +180,13 @@ def test_a_step_that_overflowed_moves_no_average() -> None:
     callback, trace, module = SMART(0.0, 1.0), Trace(), Still()
     start = weights(module)
     FILTERED.fit(
-        callback, trace, module=module, max_epochs=1, limit_train_batches=2,
-        plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler), limit_val_batches=0,
+        callback,
+        trace,
+        module=module,
+        max_epochs=1,
+        limit_train_batches=2,
+        plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler),
+        limit_val_batches=0,
     )
     assert identical(weights(module), start), "both steps were to overflow"
     assert all(torch.equal(value, start[name]) for name, value in callback.state_dict()["mean"].items())

@@ -32,7 +32,9 @@ def test_the_symmetric_kl_is_the_closed_form() -> None:
 def test_the_symmetric_kl_is_torch_s_both_ways_and_so_is_its_gradient() -> None:
     one, other = (torch.randn(5, 3, dtype=torch.float32, requires_grad=True) for _ in range(2))
     a, b = F.log_softmax(one, -1), F.log_softmax(other, -1)
-    wanted = (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(-1)
+    wanted = (
+        F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)
+    ).sum(-1)
     torch.testing.assert_close(symmetric_kl(one, other), wanted)
     found = torch.autograd.grad(symmetric_kl(one, other).sum(), [one, other])
     for left, right in zip(found, torch.autograd.grad(wanted.sum(), [one, other]), strict=True):
