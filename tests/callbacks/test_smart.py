@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from lightning_ft.callbacks.exact_resume import ExactResume
+from lightning_ft.callbacks.free_lb import FreeLB
 from lightning_ft.callbacks.smart import SMART
 from lightning_ft.functional.smart import Ascent
+from lightning_ft.modules.token_mean import TokenMean
 from tests.callbacks.test_consistency import both_ways
 from tests.perturbing import SEED, Project, assert_same, backward, batch, bert, step, trainer
 from tests.strangers import FILTERED, Filtered, identical, outcome, weights
@@ -65,14 +68,6 @@ def written_out(model: Any, rows: dict[str, Tensor], old: Any, *, shared: bool) 
 @pytest.mark.parametrize("dropout", ["independent", "shared"])
 def test_smart_has_the_gradients_of_the_loop_written_out(dropout: Any) -> None:
     rows = batch()
-
-    class Moved(Callback):
-        """The iterate has left the average, which is what the model was at the start."""
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            with torch.no_grad():
-                for parameter in pl_module.parameters():
-                    parameter.mul_(1.2)
 
     found = step(Project(bert(dropout=0.2), rows), SMART(2.0, 0.5, ascent=BIG, dropout=dropout), Moved())
     model, old = bert(dropout=0.2), bert(dropout=0.2)
@@ -175,21 +170,65 @@ def test_the_average_follows_the_iterates_with_two_rates() -> None:
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-7)
 
 
+class Moved(Callback):
+    """The iterate has left the average, which is what the model was at the start."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            with torch.no_grad():
+                for parameter in pl_module.parameters():
+                    parameter.mul_(1.2)
+
+
 def test_a_step_that_overflowed_moves_no_average() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=100)
-    callback, trace, module = SMART(0.0, 1.0), Trace(), Still()
+    callback, module = SMART(0.0, 1.0), Still()
     start = weights(module)
     FILTERED.fit(
         callback,
-        trace,
+        Moved(),
         module=module,
         max_epochs=1,
         limit_train_batches=2,
         plugins=MixedPrecision("16-mixed", "cpu", scaler=scaler),
         limit_val_batches=0,
     )
-    assert identical(weights(module), start), "both steps were to overflow"
+    assert identical(weights(module), {name: 1.2 * p for name, p in start.items()}), "both steps were to overflow"
     assert all(torch.equal(value, start[name]) for name, value in callback.state_dict()["mean"].items())
+
+
+class TokenWeighted(Project):
+    """Its loss is the mean over all tokens of an optimiser step, as that of our heads is."""
+
+    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
+        super().__init__(bert("TokenClassification", num_labels=3), {})
+        self.parts, self.token_mean = batches, TokenMean()
+
+    @property
+    def loss_factor(self) -> Any:
+        return self.token_mean.factor
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = self.net(**batch)
+        return self.token_mean.loss(self, output.loss, (batch["labels"] != -100).sum(), batch_idx)
+
+    def on_after_backward(self) -> None:
+        self.token_mean.rescale(self)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.parts, batch_size=None)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: SMART(0.0, 3.0), lambda: FreeLB(0.3, 3, magnitude=0.0)], ids=["smart", "free-lb"]
+)
+def test_a_mean_over_the_tokens_of_a_step_is_one_with_a_term_too(make: Callable[[], Callback]) -> None:
+    labels = torch.randint(3, (4, 6), generator=torch.Generator().manual_seed(5))
+    labels[:2, 1:] = -100
+    rows = batch(labels=labels)
+    halves = [{name: value[i : i + 2] for name, value in rows.items()} for i in (0, 2)]
+    found = step(TokenWeighted(halves), make(), Moved(), accumulate_grad_batches=2)
+    assert_same(found, step(TokenWeighted([rows]), make(), Moved()))
 
 
 class Killed(Exception):
