@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_ft.callbacks._quiet import metrics_of, quiet
 from lightning_ft.callbacks._trainer import refuse_deepspeed
+from lightning_ft.core.sharding import is_piece
 from lightning_ft.core.token_inputs import TokenInputs
 from lightning_ft.core.undisturbed import RandomState
 from lightning_ft.functional.found_logits import FoundLogits, Logits
@@ -289,11 +290,17 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
     """Refuse what a repeated or perturbed step does not go with.
 
     Raises:
-        ValueError: DeepSpeed; FSDP2; a compiled training step; a cache of the frozen prefix; another perturbation; a
+        ValueError: DeepSpeed; FSDP1, which several passes in one forward leave with wrong gradients; a compiled training step; a cache of the frozen prefix; another perturbation; a
             callback whose own term would be counted in each pass.
     """
     name = type(callback).__name__
     refuse_deepspeed(trainer, callback)
+    if any(is_piece(parameter) for parameter in module.parameters()):
+        raise ValueError(
+            f"{name} does not run under FullyShardedDataParallel (FSDP1), where a gradient taken inside the forward pass "
+            "makes those of the weights wrong: use FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and "
+            "fully_shard in configure_model, or DDP"
+        )
     if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
             f"{name} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one out"
