@@ -290,15 +290,16 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
     """Refuse what a repeated or perturbed step does not go with.
 
     Raises:
-        ValueError: DeepSpeed; FSDP1, which several passes in one forward leave with wrong gradients; a compiled training step; a cache of the frozen prefix; another perturbation; a
-            callback whose own term would be counted in each pass.
+        ValueError: DeepSpeed; FSDP1, which several passes in one forward leave with wrong gradients; a compiled
+            training step; a cache of the frozen prefix; another perturbation; a callback whose own term would be
+            counted in each pass.
     """
     name = type(callback).__name__
     refuse_deepspeed(trainer, callback)
     if any(is_piece(parameter) for parameter in module.parameters()):
         raise ValueError(
-            f"{name} does not run under FullyShardedDataParallel (FSDP1), where a gradient taken inside the forward pass "
-            "makes those of the weights wrong: use FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and "
+            f"{name} does not run under FullyShardedDataParallel (FSDP1), where a gradient taken inside the forward "
+            "pass makes those of the weights wrong: use FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and "
             "fully_shard in configure_model, or DDP"
         )
     if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]

@@ -16,8 +16,8 @@ class FGM(Callback):
     """Train on L(x) + w · L(x + r), with r = ε g/‖g‖₂ of each example and g = ∂L(x)/∂x.
 
     x are the embedded tokens. While the fit runs ``training_step`` is stood in for: it runs twice on a batch, the
-    second time without logging, and returns the sum, see :class:`~lightning_ft.callbacks.FreeLB`. An example whose gradient is
-    0, or not finite, is not perturbed. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
+    second time without logging, and returns the sum, see :class:`~lightning_ft.callbacks.FreeLB`. An example whose
+    gradient is 0, or not finite, is not perturbed. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
 
     The utility of the same name that goes round edits the embedding table by its ``.grad`` between two backward passes:
     under Lightning, which zeroes gradients after ``training_step``, it loses the first; one norm is shared by all words

@@ -17,8 +17,8 @@ class PGD(Callback):
 
     x are the embedded tokens, norms are those of each example, Π projects to the ball of radius ε. Only the first and
     the last pass teach the model; :class:`~lightning_ft.callbacks.FreeLB` learns from all of them. While the fit runs
-    ``training_step`` is stood in for: it runs K + 1 times on a batch, see :class:`~lightning_ft.callbacks.FGM`, which is
-    this with K = 1 and α = ε. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
+    ``training_step`` is stood in for: it runs K + 1 times on a batch, see :class:`~lightning_ft.callbacks.FGM`, which
+    is this with K = 1 and α = ε. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
 
     Args:
         epsilon: ε; 1 in common use.

@@ -29,7 +29,8 @@ class R3F(Callback):
     While the fit runs ``training_step`` is stood in for: it runs as it is, the calls that it made of the model are
     repeated with noise, and the term is added to its loss, so that accumulation, fp16 and DDP treat both alike. For
     logits of tokens the mean is over those that the loss reads (labels other than −100). Validation and prediction are
-    plain. Under FSDP2 (ModelParallelStrategy) it runs as it does under DDP. Manual optimisation: the term is added to the first loss that is given to ``manual_backward``.
+    plain. Under FSDP2 (ModelParallelStrategy) it runs as it does under DDP. In manual optimisation the term is added to
+    the first loss that is given to ``manual_backward``.
 
     The published code draws new dropout masks in the noisy pass. With dropout at 0.1 these change the answer about
     10⁷ times as much as noise of 1e-5 does, so that what it trains is mostly agreement under dropout, as
@@ -53,8 +54,8 @@ class R3F(Callback):
 
     Raises:
         ValueError: An argument is out of range; embeddings or logits are not found; half-precision embeddings, to which
-            the noise is nothing; FrozenPrefixCache, another perturbation method, a compiled LightningModule, FSDP1, DeepSpeed; sharded
-            weights, with ``spectral_norm``.
+            the noise is nothing; FrozenPrefixCache, another perturbation method, a compiled LightningModule, FSDP1,
+            DeepSpeed; sharded weights, with ``spectral_norm``.
 
     Example:
         >>> from lightning.pytorch import Trainer

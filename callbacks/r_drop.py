@@ -19,8 +19,9 @@ class RDrop(Callback):
 
     While the fit runs ``training_step`` is stood in for: it runs twice on each batch, the second time without logging,
     see :class:`~lightning_ft.callbacks.R3F`, with which it shares how logits are found. For logits of tokens the mean
-    is over those that the loss reads (labels other than −100); for regression ½ of the squared difference takes the place
-    of KL. Costs a second forward pass, and its activations. Logs ``r_drop`` (without α) where the trainer has a logger.
+    is over those that the loss reads (labels other than −100); for regression ½ of the squared difference takes the
+    place of KL. Costs a second forward pass, and its activations. Logs ``r_drop`` (without α) where the trainer has a
+    logger.
 
     The authors' code for GLUE adds L₁ + L₂ and sums KL over the batch with α = 0.5 before it: that is α = batch / 4
     here, where KL is the mean, so that α means the same for every batch size.
