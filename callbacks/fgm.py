@@ -17,7 +17,7 @@ class FGM(Callback):
 
     x are the embedded tokens. While the fit runs ``training_step`` is stood in for: it runs twice on a batch, the
     second time without logging, and returns the sum, see :class:`~lightning_ft.callbacks.FreeLB`. An example whose
-    gradient is 0, or not finite, is not perturbed. Logs ``adversarial_loss`` (without w) where the trainer has a logger.
+    gradient is 0, or not finite, is not perturbed. Logs ``adversarial_loss`` (without w) where there is a logger.
 
     The utility of the same name that goes round edits the embedding table by its ``.grad`` between two backward passes:
     under Lightning, which zeroes gradients after ``training_step``, it loses the first; one norm is shared by all words
