@@ -133,6 +133,8 @@ class Perturbing:
                 self._run = None
                 method.close()
                 self.words.end()
+                if self.found is not None:
+                    self.found.forget()
 
         setattr(training_step, _OWN, self)
         return training_step

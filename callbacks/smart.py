@@ -42,15 +42,15 @@ class SMART(Callback):
 
     Args:
         weight: λ; the paper takes 1 to 5.
-        mu: μ; 1 in the paper, and the default; 0, the default with ``Ascent(mtdnn=True)``, keeps no θ̃.
-        ascent: ε, σ, η and the number of steps: 1e-5, 1e-5, 1e-3 and 1 in the paper. ``Ascent(mtdnn=True)`` runs what
-            the authors' mt-dnn repository runs: δ ← (δ + η g)/max|δ + η g| of each token, which is near 1 and not
-            near ε; up a divergence that is not KL; each side of the final KL a constant target of the other; no θ̃.
-            (Its padding is perturbed, too; here it is not.)
+        mu: μ; 1 in the paper, and the default; 0, the default with ``mtdnn_compat``, keeps no θ̃.
+        ascent: ε, σ, η and the number of steps: 1e-5, 1e-5, 1e-3 and 1 in the paper.
         betas: β before and after ``switch``.
         switch: When β changes: a fraction of training, ``"500 steps"`` or ``"1 epochs"``.
         dropout: ``"independent"``: new masks in each further pass, none (eval mode) under θ̃; ``"shared"``: those of the
             step itself in all of them.
+        mtdnn_compat: Run what the authors' mt-dnn repository runs: δ ← (δ + η g)/max|δ + η g| of each token, which is
+            near 1 and not near ε, up a divergence that is not KL; each side of the final KL a constant target of the
+            other; no θ̃. (Its padding is perturbed, too; here it is not.)
         logits: Where they are, see :class:`~lightning_ft.callbacks.R3F`.
         answer: What they mean, see there.
         inputs: Which embeddings are perturbed, and which tokens are left alone; padding always is.
@@ -77,12 +77,14 @@ class SMART(Callback):
         betas: tuple[float, float] = (0.99, 0.999),
         switch: float | str = 0.1,
         dropout: Dropout = "independent",
+        mtdnn_compat: bool = False,
         logits: Logits = None,
         answer: Answer | None = None,
         inputs: TokenInputs | None = None,
     ) -> None:
         self.ascent = ascent or Ascent()
-        self.mu = (0.0 if self.ascent.mtdnn else 1.0) if mu is None else mu
+        self.mtdnn_compat = mtdnn_compat
+        self.mu = (0.0 if mtdnn_compat else 1.0) if mu is None else mu
         check(answer, dropout, weight=weight, mu=self.mu)
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas={betas!r} must be two numbers in [0, 1): (0.99, 0.999) in the paper")
@@ -152,6 +154,7 @@ class SMART(Callback):
             average=self._averaged,
             dropout=self.dropout,
             answer=self._answer,
+            mtdnn_compat=self.mtdnn_compat,
         )
 
     @contextmanager

@@ -78,12 +78,16 @@ class FoundLogits:
             )
         return self.logits
 
+    def forget(self) -> None:
+        """Let go of the batch and of its graphs."""
+        self.calls, self.logits = [], []
+
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.calls, self.logits = [], []
+        self.forget()
 
     def _hear(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._active:

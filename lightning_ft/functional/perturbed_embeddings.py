@@ -212,9 +212,12 @@ class CallStack:
     def mask_of(self, shape: torch.Size) -> Tensor | None:
         """The innermost mask of this shape among the arguments of the calls under way: True where tokens are real."""
         for name, value in self._arguments():
-            if isinstance(value, Tensor) and value.shape == shape and name.endswith("mask"):
-                # torch's own layers are told which positions are padding.
-                return value == 0 if "pad" in name else value != 0
+            if not isinstance(value, Tensor) or value.shape != shape:
+                continue
+            if name in ("attention_mask", "input_mask", "mask"):
+                return value != 0
+            if name.endswith("padding_mask"):  # torch's own layers are told which positions are padding
+                return value == 0
         return None
 
     def holds(self, shape: torch.Size) -> bool:
@@ -269,7 +272,8 @@ class Hook:
     """A hook that copies of its module do not inherit, and that torch.compile leaves as it is."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = torch.compiler.disable(function)
+        # Which imports the compiler: not where nothing is compiled.
+        self._function = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
     def __call__(self, *args: Any) -> Any:
         """Call the function."""

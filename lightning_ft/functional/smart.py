@@ -30,7 +30,6 @@ class Ascent:
         sigma: σ of the normal noise that it starts from: at δ = 0 the gradient is exactly 0.
         step: η, a step in units of the largest entry of an example's gradient.
         steps: How many steps.
-        mtdnn: Climb as the mt-dnn repository does, see :class:`~lightning_ft.callbacks.SMART`.
 
     Raises:
         ValueError: A number is out of range.
@@ -40,7 +39,6 @@ class Ascent:
     sigma: float = 1e-5
     step: float = 1e-3
     steps: int = 1
-    mtdnn: bool = False
 
     def __post_init__(self) -> None:
         for argument in ("epsilon", "sigma", "step"):
@@ -59,6 +57,7 @@ def smart(
     average: Callable[[], AbstractContextManager[Any]] = nullcontext,
     dropout: Dropout = "independent",
     answer: Answer | None = None,
+    mtdnn_compat: bool = False,
 ) -> Method:
     """L + λ · mean max ℓ(f(x + δ), f(x)) over ‖δ‖_∞ ≤ ε + μ · mean ℓ(f(x; θ), f(x; θ̃)), ℓ the symmetric KL.
 
@@ -72,6 +71,7 @@ def smart(
         average: A context in which the model has the weights θ̃.
         dropout: ``"independent"`` masks in the further passes, and none under θ̃; or ``"shared"`` ones in all.
         answer: What the logits mean, see :func:`~lightning_ft.functional.perturbation.disagreement`.
+        mtdnn_compat: Climb as the mt-dnn repository does.
 
     Reference:
         Jiang et al. 2020, "SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models through
@@ -91,14 +91,14 @@ def smart(
         for _ in range(ascent.steps):
             words.again([delta.requires_grad_() for delta in deltas], detach=True)
             seen = yield Pass(whole=False, same_masks=shared)
-            gradients = gradient_of(_climbed(aim, seen, ascent, answer), deltas, scale=_SCALE)
+            gradients = gradient_of(_climbed(aim, seen, answer, mtdnn_compat), deltas, scale=_SCALE)
             deltas = [
-                _moved(d.detach(), g * place.mask, ascent) * place.mask
+                _moved(d.detach(), g * place.mask, ascent, mtdnn_compat) * place.mask
                 for d, g, place in zip(deltas, gradients, places, strict=True)
             ]
         words.again(deltas)
         worst = yield Pass(whole=False, same_masks=shared)
-        terms["smart"] = _mtdnn_term(clean, worst, answer) if ascent.mtdnn else consistency(clean, worst, answer)
+        terms["smart"] = _mtdnn_term(clean, worst, answer) if mtdnn_compat else consistency(clean, worst, answer)
         total = total + weight * clean.factor * terms["smart"]
     words.end()
     if mu:
@@ -108,16 +108,16 @@ def smart(
     return total, terms
 
 
-def _climbed(aim: Seen, seen: Seen, ascent: Ascent, answer: Answer | None) -> Tensor:
-    if not ascent.mtdnn or _regression(seen, answer):
+def _climbed(aim: Seen, seen: Seen, answer: Answer | None, mtdnn_compat: bool) -> Tensor:
+    if not mtdnn_compat or _regression(seen, answer):
         return consistency(aim, seen, answer)
     # Tokens without a label are left out: their rows would else lead the ascent.
     pairs = zip(seen.logits, aim.logits, aim.counted(), strict=True)
     return torch.stack([mtdnn_divergence(*_rows(a, b, counted)) for a, b, counted in pairs]).sum()
 
 
-def _moved(delta: Tensor, gradient: Tensor, ascent: Ascent) -> Tensor:
-    if ascent.mtdnn:
+def _moved(delta: Tensor, gradient: Tensor, ascent: Ascent, mtdnn_compat: bool) -> Tensor:
+    if mtdnn_compat:
         # mt-dnn adds the gradient at its own size.
         return mtdnn_corner(delta, torch.nan_to_num(gradient / _SCALE, posinf=0.0, neginf=0.0), ascent.step)
     return corner(delta, gradient, ascent.step, ascent.epsilon)

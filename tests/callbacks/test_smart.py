@@ -119,7 +119,7 @@ def test_weights_of_zero_are_the_base_loss() -> None:
 
 def test_mtdnn_s_perturbation_is_of_size_one_and_its_kl_has_constant_targets() -> None:
     rows = batch()
-    callback = SMART(1.0, ascent=Ascent(mtdnn=True), dropout="shared")
+    callback = SMART(1.0, mtdnn_compat=True, dropout="shared")
     assert callback.mu == 0
     deltas: list[Tensor] = []
 
