@@ -81,10 +81,10 @@ def find_head(module: LightningModule, head: bool | str, layers: Layers) -> tupl
     found = {name: child for name, child in linear.items() if child.weight in inside}
     if isinstance(head, str):
         found = {head: linear[head]} if head in linear else {}
+    names = list(found or linear)
     if len(found) != 1:
         raise ValueError(
             f"spectral_norm={head!r} must name the linear layer that gives the logits, unless the head has just one: "
-            f'spectral_norm="{next(reversed(found or linear or {"classifier": None}))}"; there are: '
-            f"{', '.join(found or linear) or 'none'}"
+            f'spectral_norm="{names[-1] if names else "classifier"}"; there are: {", ".join(names) or "none"}'
         )
     return next(iter(found.items()))

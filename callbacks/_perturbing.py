@@ -154,7 +154,7 @@ class _Run:
         self._owner = owner
         self._first = functools.partial(step, *args, **kwargs)
         kept, named = fresh(args), fresh(kwargs)
-        self._step = lambda: step(*fresh(kept), **fresh(named))
+        self._step: Callable[[], Any] = lambda: step(*fresh(kept), **fresh(named))
         self._method = method
         self._state: RandomState | None = None
         self._wants_loss = True
@@ -212,7 +212,11 @@ class _Run:
         self._repeats = True
         try:
             with quiet(owner.trainer, owner.module, owner.metrics), wanted.within(), owner.listening():
-                loss = self._repeat_step() if wanted.whole else self._repeat_model(expected)
+                loss = None
+                if wanted.whole:
+                    loss = self._repeat_step()
+                else:
+                    self._repeat_model(expected)
             return self._seen(loss)
         finally:
             self._repeats = False

@@ -111,7 +111,8 @@ def norms(values: Tensor, order: float = 2.0) -> Tensor:
         >>> norms(torch.tensor([[[3.0], [4.0]]])).item()
         5.0
     """
-    return torch.linalg.vector_norm(values, order, dim=(-2, -1), keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(values, order, dim=(-2, -1), keepdim=True)
+    return size
 
 
 def direction(gradient: Tensor, order: float = 2.0) -> Tensor:

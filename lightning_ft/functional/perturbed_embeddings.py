@@ -273,7 +273,9 @@ class Hook:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         # Which imports the compiler: not where nothing is compiled.
-        self._function = torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+        if "torch._dynamo" in sys.modules:
+            function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+        self._function = function
 
     def __call__(self, *args: Any) -> Any:
         """Call the function."""
