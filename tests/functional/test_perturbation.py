@@ -19,7 +19,8 @@ from lightning_ft.functional.perturbation import (
     project,
     symmetric_kl,
 )
-from lightning_ft.functional.smart import Ascent
+from lightning_ft.functional.smart import Ascent, uncached_no_grad
+from lightning_ft.functional.snapshots import holding
 from lightning_ft.functional.spectral_norm import NormalisedLayer, normalised, spectral_norm
 
 
@@ -166,3 +167,11 @@ def test_a_normalised_layer_computes_what_it_holds_in_the_end() -> None:
     assert torch.equal(layer.weight, before)
     normal.remove()
     torch.testing.assert_close(layer(x), during)
+
+
+def test_autocast_hands_out_no_casts_of_weights_that_were_there_before() -> None:
+    layer, x = torch.nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).abs().max() > 0
+        with holding(layer, {"weight": torch.zeros(2, 2)}), uncached_no_grad(torch.device("cpu")):
+            assert layer(x).abs().max() == 0
