@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -187,7 +188,8 @@ def test_r4f_trains_a_head_of_spectral_norm_one_and_leaves_it_so() -> None:
     class Save(Keep):
         def on_train_batch_end(self, *_: Any) -> None:
             saved["trained"] = largest(module.net.classifier.weight.detach())
-            saved["checkpoint"] = run._checkpoint_connector.dump_checkpoint(weights_only=False)
+            # A copy, as a file is one: the module itself is changed when the fit ends.
+            saved["checkpoint"] = copy.deepcopy(run._checkpoint_connector.dump_checkpoint(weights_only=False))
 
     run.callbacks.append(Save())
     run.fit(module)
