@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_ft.callbacks._perturbing import Perturbing, check
+from lightning_ft.callbacks._perturbable import check
+from lightning_ft.callbacks._perturbing import Perturbing
 from lightning_ft.core.token_inputs import TokenInputs, as_token_inputs
 from lightning_ft.functional.free_lb import free_lb
 from lightning_ft.functional.passes import Method

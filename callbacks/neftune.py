@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ft.callbacks._perturbing import check
+from lightning_ft.callbacks._perturbable import check
 from lightning_ft.core.token_inputs import TokenInputs, as_token_inputs
 from lightning_ft.functional.perturbation import even_noise
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, Place

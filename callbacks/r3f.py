@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_ft.callbacks._normalised_head import NormalisedHead
-from lightning_ft.callbacks._perturbing import Perturbing, answer_of, check
+from lightning_ft.callbacks._perturbable import answer_of, check
+from lightning_ft.callbacks._perturbing import Perturbing
 from lightning_ft.core.layers import Layers
 from lightning_ft.core.token_inputs import TokenInputs, as_token_inputs
 from lightning_ft.functional.found_logits import Logits

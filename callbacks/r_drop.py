@@ -5,7 +5,8 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_ft.callbacks._perturbing import Perturbing, answer_of, check
+from lightning_ft.callbacks._perturbable import answer_of, check
+from lightning_ft.callbacks._perturbing import Perturbing
 from lightning_ft.callbacks._trainer import refuse_asleep
 from lightning_ft.core.token_inputs import TokenInputs, as_token_inputs
 from lightning_ft.functional.found_logits import Logits

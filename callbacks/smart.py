@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_ft.callbacks._perturbing import Perturbing, answer_of, check
+from lightning_ft.callbacks._perturbable import answer_of, check
+from lightning_ft.callbacks._perturbing import Perturbing
 from lightning_ft.callbacks._trainer import refuse_sharded, training_progress
 from lightning_ft.callbacks._weight_average import WeightAverage
 from lightning_ft.core.schedule import Duration
