@@ -6,6 +6,8 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,3 +40,38 @@ def same_randomness() -> Iterator[None]:
             random.setstate(states[0])
             if numpy:
                 numpy.random.set_state(states[1])
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """Where the generators of Python, NumPy and torch stand; of torch's devices, the one in use."""
+
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Where they stand now."""
+        numpy = sys.modules.get("numpy")
+        in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        return cls(
+            random.getstate(),
+            numpy.random.get_state() if numpy else None,
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state() if in_use else None,
+        )
+
+
+@contextmanager
+def replay(state: RandomState) -> Iterator[None]:
+    """Draw the same random numbers as were drawn from ``state`` on; afterwards go on as if none had been."""
+    with same_randomness():
+        random.setstate(state.python)
+        if state.numpy is not None:
+            sys.modules["numpy"].random.set_state(state.numpy)
+        torch.set_rng_state(state.cpu)
+        if state.cuda is not None:
+            torch.cuda.set_rng_state(state.cuda)
+        yield

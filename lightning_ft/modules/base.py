@@ -182,6 +182,11 @@ class TransformerModule(LightningModule):
         self.log("train_loss", loss, prog_bar=True, batch_size=1)
         return loss if self._token_mean is None else self._token_mean.loss(self, loss, items, batch_idx)
 
+    @property
+    def loss_factor(self) -> Tensor | float:
+        """What the last training step multiplied its mean loss by; a term that is added to it takes the same."""
+        return 1.0 if self._token_mean is None else self._token_mean.factor
+
     @override
     def on_after_backward(self) -> None:
         if self._token_mean is not None:

@@ -27,18 +27,27 @@ class TokenMean:
 
     def __init__(self) -> None:
         self._items: Tensor | None = None
+        self._earlier: Tensor | None = None
+        self._batch_idx = -1
         self._last = False
+        self.factor: Tensor | float = 1.0
+        """What the last mean loss was multiplied by."""
 
     def loss(self, module: LightningModule, mean: Tensor, items: Tensor | int, batch_idx: int) -> Tensor:
         """What ``training_step`` must return, for the ``mean`` loss over ``items`` tokens or rows."""
         if not _averages(module):
+            self.factor = 1.0
             return mean
         items = torch.as_tensor(items, device=mean.device, dtype=torch.float32)
         # A fit that was interrupted may have left a window unfinished.
         begins = batch_idx % module.trainer.accumulate_grad_batches == 0
-        self._items = items if begins or self._items is None else self._items + items
+        # A perturbation method runs the step several times on a batch, whose items count once.
+        if begins or batch_idx != self._batch_idx:
+            self._earlier, self._batch_idx = None if begins else self._items, batch_idx
+        self._items = items if self._earlier is None else self._earlier + items
         self._last = _ends_window(module, batch_idx)
-        return mean * (items / _REFERENCE)
+        self.factor = items / _REFERENCE
+        return mean * self.factor
 
     def rescale(self, module: LightningModule) -> None:
         """Call in ``on_after_backward``: turns a window's gradients into those of the mean over its items.
