@@ -212,9 +212,8 @@ class StabilityMonitor(Callback):
             steps.setdefault(step, []).extend([] if loss is None else [loss])
             predictions.setdefault(step, Counter()).update(predicted)
             self._labelled.add(labels)
-        self._record.add(
-            [Step(n, fmean(losses) if losses else None, dict(predictions[n])) for n, losses in steps.items()]
-        )
+        for number, losses in steps.items():
+            self._record.add(Step(number, fmean(losses) if losses else None, dict(predictions[number])))
         if standard is not None and loss is not None:
             expected = float(standard)
             self._agrees = abs(expected - loss) <= 0.1 * max(expected, loss)
