@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
@@ -267,12 +268,12 @@ class StabilityMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         self._read()
         seen = {"done": self._done, "agrees": self._agrees}
-        return {"record": self._record.state(), "labels": vars(self._labelled) | {}, **seen}
+        return {"record": self._record.state(), "labels": copy.deepcopy(vars(self._labelled)), **seen}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._record.load(state_dict["record"])
-        vars(self._labelled).update(state_dict["labels"])
+        vars(self._labelled).update(copy.deepcopy(state_dict["labels"]))
         self._done, self._agrees = state_dict["done"], state_dict["agrees"]
 
 

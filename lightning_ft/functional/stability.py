@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -209,14 +210,12 @@ class StabilityRecord:
         if not all(math.isfinite(norm) for row in rows for norm in row.values()):
             return None
         # What fits its data has small gradients, too, but in the head as well.
-        now = median(self._share(row, top) for row in rows)
-        if now >= 0.02 * min(first, 1.0):
+        shares, limit = [self._share(row, top) for row in rows], 0.02 * min(first, 1.0)
+        if median(shares) >= limit:
             return None
-        return (
-            "vanishing gradients",
-            self.steps[-len(rows)],
-            {f"norm of {top}": rows[-1][top], "share": now, "was": first},
-        )
+        since = next(step for (step, _), share in zip(self._recent[-len(rows) :], shares, strict=True) if share < limit)
+        evidence = {f"norm of {top}": rows[-1][top], "beside the head's": shares[-1], "which was": first}
+        return "vanishing gradients", since, evidence
 
     def _rows_of(self, group: str) -> list[dict[str, float]]:
         """The last rows without a gap in which a group has a norm."""
@@ -262,13 +261,12 @@ class StabilityRecord:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("findings", "_losses")}
-        losses = [asdict(one) for one in self._losses]
-        return {**plain, "findings": [asdict(one) for one in self.findings], "_losses": losses}
+        plain = copy.deepcopy(vars(self))
+        return {**plain, **{key: [asdict(one) for one in plain[key]] for key in ("findings", "_losses")}}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """From a checkpoint."""
-        vars(self).update(state)
+        vars(self).update(copy.deepcopy(dict(state)))
         self.findings = [Finding(**one) for one in state["findings"]]
         self._losses = [Step(**one) for one in state["_losses"]]
 
