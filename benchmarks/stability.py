@@ -356,7 +356,8 @@ def main() -> None:
         "stability",
         options.results,
         setting=f"{'A tiny model' if options.quick else 'all-MiniLM-L6-v2'}, batches of {BATCH}, learning rate "
-        f"{RATE:g}, {options.steps} steps of a long run, seeds 0 to {options.seeds - 1}; {hours:.1f} hours of training.",
+        f"{RATE:g}, {options.steps} steps of a long run, seeds 0 to {options.seeds - 1}; "
+        f"{hours:.1f} hours of training.",
         tables=tables,
         seconds={
             task: {method: [one["seconds"] for one in runs] for method, runs in found.items()}

@@ -112,7 +112,7 @@ class StabilityMonitor(Callback):
 
     def _drop(self) -> None:
         """Forget what waits on the device."""
-        self._batch_idx = self._step = 0
+        self._batch_idx = self._step = self._count = 0
         self._logits: Tensor | None = None
         self._squares: Tensor | None = None
         self._waiting: list[_Waiting] = []
@@ -163,7 +163,8 @@ class StabilityMonitor(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self.every.count(training_progress(trainer, self._batch_idx)) <= self._done:
+        self._count = self.every.count(training_progress(trainer, self._batch_idx))
+        if self._count <= self._done:
             return
         squares = group_squares(self._members, {p for group in optimizer.param_groups for p in group["params"]})
         scale = pending_scale(trainer, optimizer)
@@ -178,7 +179,7 @@ class StabilityMonitor(Callback):
         self._waiting.append((self._step, loss, labels, predicted))
         if self._squares is None:
             return
-        self._done = self.every.count(training_progress(trainer, self._batch_idx))
+        self._done = self._count
         own = None if logits is None or labels is None else own_loss(logits, labels)
         self._read(own)
         self._record.add_norms(self._step, [None if s < 0 else math.sqrt(s) for s in self._squares.tolist()])
@@ -238,6 +239,7 @@ class StabilityMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read()
         rank_zero_info(str(self.report()))
         self._draw(trainer, pl_module)
 

@@ -23,6 +23,7 @@ ADDED = {
     "few_sample": "StabilityMonitor",
     "lp_ft": "LPFT",
     "mixout": "Mixout",
+    "r3f": "R3F",
     "reinit": "LayerReinit",
 }
 """The callback that each recipe adds."""

@@ -37,5 +37,5 @@ def test_two_optimisers_share_groups() -> None:
 def test_refuses_fsdp1() -> None:
     piece = parameter(1.0)
     piece._fsdp_flattened = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="FSDP1 shards layers"):
+    with pytest.raises(ValueError, match="FSDP1 shares layers out in pieces"):
         group_squares({"a": [piece]}, {piece})
