@@ -308,8 +308,8 @@ def draw(results: Results, path: Path) -> None:
         commonest = next(iter(found.values()))[0]["commonest"]
         panel.axhline(100 * commonest, color="#888888", linestyle="--", linewidth=1)
         panel.set_xticks(range(len(found)), found, rotation=40, ha="right")
-        panel.set_ylabel("dev accuracy, % (dashed: the commonest label; crosses: failed)", fontsize="small")
-        panel.set_title(f"{task}, {ROWS[task]} rows")
+        panel.set_ylabel("dev accuracy, %")
+        panel.set_title(f"{task}, {ROWS[task]} rows (dashed: the commonest label; crosses: failed)", fontsize="medium")
     save_figure(figure, path)
 
 

@@ -35,9 +35,10 @@ def plot_stability(record: StabilityRecord, path: str | os.PathLike[str], *, tit
         if not all(map(math.isnan, shown)):
             style = {"color": "#bb5533", "linewidth": 2} if name == "head" else {"color": colours(i)}
             axes.plot(record.steps, shown, label=name, marker="." if len(shown) < 40 else None, **style)
-    for finding in record.findings:
-        axes.axvline(finding.step, color="#cc0000", linestyle="--", linewidth=1)
-        axes.annotate(finding.sign, (finding.step, 1), xycoords=("data", "axes fraction"), rotation=90, va="top")
+    for step in sorted({finding.step for finding in record.findings}):
+        signs = ", ".join(finding.sign for finding in record.findings if finding.step == step)
+        axes.axvline(step, color="#cc0000", linestyle="--", linewidth=1)
+        axes.annotate(signs, (step, 0.99), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
     if axes.lines:
         axes.set_yscale("log")
     axes.set_xlabel("optimiser step")
