@@ -55,6 +55,8 @@ class BiasCorrection(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.correct_bias:
+            return
         refuse_deepspeed(trainer, self)
         for optimizer in trainer.optimizers:
             # torch wraps `step` in each class that is used.

@@ -109,6 +109,7 @@ class StabilityRecord:
         self.window = window
         self.points = points
         self.findings: list[Finding] = []
+        self.chance: float | None = None
         self.steps: list[int] = []
         """Steps at which norms were taken."""
         self.norms: list[list[float | None]] = []
@@ -155,6 +156,7 @@ class StabilityRecord:
             commonest: Share of the commonest label, if known.
             scaled: Whether a loss scaler skips steps whose gradients overflow: they are no sign then.
         """
+        self.chance = chance
         levels = [one for one in self._losses if one.loss is not None]
         losses = [one.loss for one in levels if one.loss is not None]
         found = [self._non_finite(levels, scaled)]
@@ -249,7 +251,8 @@ class StabilityRecord:
 
     def report(self) -> Report:
         """The signs, and how the norms of the groups went."""
-        facts: dict[str, Any] = {"signs of failure": len(self.findings)}
+        known = "not known (labels=, chance_loss=)" if self.chance is None else self.chance
+        facts: dict[str, Any] = {"signs of failure": len(self.findings), "loss at chance": known}
         facts |= {finding.sign: str(finding).removeprefix(f"{finding.sign} ") for finding in self.findings}
         rows = []
         for name, column in zip(self.groups, zip(*self.norms, strict=True), strict=True):

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_ft.callbacks import DiscriminativeLR, GradualUnfreezing, RecAdam
 from lightning_ft.callbacks.bias_correction import BiasCorrection, _UncorrectedSteps
-from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, Stranger, identical, outcome, weights
+from tests.callbacks.test_contract import FailAt, Failure, Watch
+from tests.strangers import FILTERED, STILL, STRANGERS, Filtered, Stranger, identical, weights
 
 
 class Plain(Filtered):
@@ -160,12 +161,19 @@ def test_a_step_that_the_device_skipped_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("stranger", STRANGERS, ids=lambda stranger: stranger.name)
-def test_correct_bias_changes_no_bit(stranger: Stranger) -> None:
+def test_serves_strangers_and_leaves_nothing_behind(stranger: Stranger) -> None:
     if stranger.name == "head-first":
-        with pytest.raises(TypeError, match="not that of SGD"):
-            stranger.fit(BiasCorrection(correct_bias=True))
-    else:
-        assert identical(outcome(stranger.fit(BiasCorrection(correct_bias=True))), outcome(stranger.fit()))
+        with pytest.raises(TypeError, match="not that of SGD: use one of them"):
+            stranger.fit(BiasCorrection(correct_bias=False))
+        return
+    watch, module = Watch(), stranger.module()
+    trainer = stranger.fit(watch, BiasCorrection(correct_bias=False), module=module)
+    watch.check(trainer, module)
+    assert not identical(weights(module), weights(stranger.fit(BiasCorrection(correct_bias=True)).lightning_module))
+    trainer = stranger.trainer([watch, BiasCorrection(correct_bias=False), FailAt()])
+    with pytest.raises(Failure):
+        trainer.fit(module)
+    watch.check(trainer, module)
 
 
 def test_resumes_bit_for_bit(tmp_path: Any) -> None:

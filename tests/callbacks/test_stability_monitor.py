@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from lightning_ft.callbacks import GradualUnfreezing
 from lightning_ft.callbacks.stability_monitor import StabilityMonitor
 from tests.ranks import run_ranks
 from tests.strangers import FILTERED, STILL, Filtered, Late, Stranger, identical, outcome
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pictures go."""
+    monkeypatch.chdir(tmp_path)
 
 
 class Steep(Filtered):
@@ -190,7 +197,7 @@ def ranks() -> Any:
     strategy = DDPStrategy(process_group_backend="gloo")
     module = Breaks()
     module.begins = 1
-    options = {"strategy": strategy, "devices": 2, "limit_val_batches": 0}
+    options = {"strategy": strategy, "devices": 2, "limit_val_batches": 0, "default_root_dir": tempfile.mkdtemp()}
     trainer = FILTERED.fit(monitor, module=module, max_epochs=4, **options)
     return {"step": trainer.global_step, "signs": [f.sign for f in monitor.findings]}
 
