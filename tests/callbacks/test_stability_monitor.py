@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_ft.callbacks import GradualUnfreezing
 from lightning_ft.callbacks.stability_monitor import StabilityMonitor
+from lightning_ft.functional.stability import StabilityRecord
 from tests.ranks import run_ranks
 from tests.strangers import FILTERED, STILL, Filtered, Late, Stranger, identical, outcome
 
@@ -193,7 +194,7 @@ def ranks() -> Any:
     warnings.filterwarnings("ignore", message="StabilityMonitor")
     monitor = StabilityMonitor("1 steps", stop=True)
     if os.environ["RANK"] == "1":
-        monitor._record.judge = lambda *args, **options: []  # type: ignore[method-assign]
+        StabilityRecord.judge = lambda *args, **options: []  # type: ignore[method-assign]
     strategy = DDPStrategy(process_group_backend="gloo")
     module = Breaks()
     module.begins = 1
