@@ -196,7 +196,9 @@ def run(options: Any, task: str, method: str, seed: int, *, rung: int | None = N
 
     def at_rung(trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if trainer.global_step == rung and "rung" not in told:
+            before = passes.forward
             told["rung"] = evaluate(module, choice)  # type: ignore[arg-type]
+            told["evaluation"] = passes.forward - before
 
     monitor = StabilityMonitor("5 steps")
     trainer = Trainer(
@@ -251,8 +253,9 @@ def study(options: Any, task: str, seed: int) -> dict[str, Any]:
     # Where all have collapsed the command chooses none; the first one stands for what that is worth.
     chosen = runs[best_first(judged("end", going), "max")[0] if going else min(runs)]
     steps = started * rung + len(going) * (horizon - rung)
-    each = {name: one / horizon * steps for name in ("forward", "backward") for one in [chosen[name]]}
-    return {**chosen, **each, "steps": steps, "seconds": sum(one["seconds"] for one in runs.values())}
+    forward = steps + (started + len(going)) * chosen["evaluation"]
+    costs = {"steps": steps, "forward": forward, "backward": steps}
+    return {**chosen, **costs, "seconds": sum(one["seconds"] for one in runs.values())}
 
 
 # ---- table and picture
