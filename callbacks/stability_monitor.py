@@ -84,7 +84,7 @@ class StabilityMonitor(Callback):
         every: float | str = "10 steps",
         *,
         stop: bool = False,
-        patience: float | str = 0.4,
+        patience: float | str = 0.5,
         chance_loss: float | None = None,
         labels: Labels | None = None,
         path: str | os.PathLike[str] | None = None,

@@ -88,7 +88,7 @@ class StabilityRecord:
       chance is not known); or it had been a third below, and is back.
     - *vanishing gradients*: while the loss has hardly fallen, the gradient norm of the topmost block that trains, as a
       share of the head's, is 2 % of what it was when the block began to train.
-    - *at chance*: in time (``due``), the mean loss of a window is 97 % or more of that of the best constant prediction.
+    - *at chance*: in time (``due``), the mean loss of a window is 98 % or more of that of the best constant prediction.
     - *constant predictions*: in time, 95 % of the predictions of a window are alike, which the labels are not, and the
       loss has hardly fallen.
 
@@ -231,7 +231,7 @@ class StabilityRecord:
         return norms[group] / max(norms.get("head", 1.0), 1e-30)
 
     def _at_chance(self, losses: Sequence[float], since: int, chance: float | None) -> _Found:
-        if chance is None or fmean(losses) < 0.97 * chance:
+        if chance is None or fmean(losses) < 0.98 * chance:
             return None
         return "at chance", since, {"loss": fmean(losses), "chance": chance}
 

@@ -30,7 +30,7 @@ def replay(run: dict[str, Any], record: StabilityRecord | None = None, begin: in
         record.add(Step(step, run["losses"][step - 1], {1: positive, 0: 16 - positive}))
         if norms := run["norms"].get(str(step)):
             record.add_norms(step, norms)
-            record.judge(step, due=step >= 0.4 * total, chance=math.log(2), commonest=0.55)
+            record.judge(step, due=step >= 0.5 * total, chance=math.log(2), commonest=0.55)
     return record
 
 
@@ -44,8 +44,8 @@ def test_healthy_runs_raise_no_alarm(name: str) -> None:
     [
         ("failed sst2, rate x 100", "vanishing gradients", 21),
         ("failed rte, rate x 100", "diverging", 15),
-        ("failed sst2, rate x 10", "at chance", 45),
-        ("failed rte, rate x 10", "at chance", 45),
+        ("failed sst2, rate x 10", "at chance", 55),
+        ("failed rte, rate x 10", "at chance", 55),
     ],
 )
 def test_failed_runs_are_seen_early(name: str, first: str, by: int) -> None:
