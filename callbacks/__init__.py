@@ -2,6 +2,7 @@
 
 from lightning_ft.callbacks.activation_checkpointing import ActivationCheckpointing
 from lightning_ft.callbacks.adapter_fusion import AdapterFusion
+from lightning_ft.callbacks.bias_correction import BiasCorrection
 from lightning_ft.callbacks.bit_fit import BitFit
 from lightning_ft.callbacks.bottleneck_adapters import BottleneckAdapters
 from lightning_ft.callbacks.checkpoint_average import CheckpointAverage
@@ -31,6 +32,7 @@ from lightning_ft.callbacks.peft import PEFT
 from lightning_ft.callbacks.precision_check import PrecisionCheck
 from lightning_ft.callbacks.rec_adam import RecAdam
 from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
+from lightning_ft.callbacks.stability_monitor import StabilityMonitor
 from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
 from lightning_ft.callbacks.training_mode_check import TrainingModeCheck
 from lightning_ft.callbacks.wise_ft import WiSEFT
@@ -70,6 +72,8 @@ __all__ = [
     "LayerTimeline",
     "Mixout",
     "RecAdam",
+    "BiasCorrection",
+    "StabilityMonitor",
     "TrainingModeCheck",
     "WritePredictions",
 ]

@@ -211,6 +211,9 @@ class FineTuningCLI(LightningCLI):
             for i, before in enumerate(args[:-1]):
                 if before == "--optimizer" and hasattr(torch.optim, args[i + 1]):
                     args[i + 1] = f"torch.optim.{args[i + 1]}"
+                elif before in ("-c", "--config"):
+                    args[i + 1] = recipe(args[i + 1])
+            args = [f"--config={recipe(a[9:])}" if a.startswith("--config=") else a for a in args]
             self.config = parser.parse_args(args)
         else:
             super().parse_arguments(parser, args)
@@ -309,6 +312,12 @@ class FineTuningCLI(LightningCLI):
         if settings["logger"] in (None, True):
             result["logger"] = CSVLogger(self._run, name="logs")
         return result
+
+
+def recipe(path: str) -> str:
+    """A configuration's path: ``recipes/NAME.yaml`` is the package's own where there is no such file here."""
+    own = Path(__file__).parent / path
+    return str(own) if Path(path).parts[:1] == ("recipes",) and own.is_file() and not Path(path).exists() else path
 
 
 def _as_list(value: Any) -> list[Any]:
