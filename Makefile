@@ -100,6 +100,7 @@ bench: .venv rivals wheels
 	$(BIN)/python benchmarks/eight_bit_optimizer.py --runs build/eight_bit_optimizer
 	$(BIN)/python benchmarks/qlora.py --runs build/qlora
 	$(BIN)/python benchmarks/parameter_efficient.py --runs build/parameter_efficient
+	$(BIN)/python benchmarks/stability.py --runs build/stability
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-rivals .venv-triton build dist *.egg-info

@@ -13,7 +13,9 @@ from lightning_ft.callbacks.eight_bit_optimizer import EightBitOptimizer
 from lightning_ft.callbacks.ema import EMA
 from lightning_ft.callbacks.ewc import EWC
 from lightning_ft.callbacks.exact_resume import ExactResume
+from lightning_ft.callbacks.fgm import FGM
 from lightning_ft.callbacks.forgetting_monitor import ForgettingMonitor
+from lightning_ft.callbacks.free_lb import FreeLB
 from lightning_ft.callbacks.freeze import Freeze
 from lightning_ft.callbacks.frozen_prefix_cache import FrozenPrefixCache
 from lightning_ft.callbacks.gradual_unfreezing import GradualUnfreezing
@@ -28,9 +30,14 @@ from lightning_ft.callbacks.lp_ft import LPFT
 from lightning_ft.callbacks.memory_report import MemoryReport
 from lightning_ft.callbacks.mixout import Mixout
 from lightning_ft.callbacks.movement_pruning import MovementPruning
+from lightning_ft.callbacks.neftune import NEFTune
 from lightning_ft.callbacks.peft import PEFT
+from lightning_ft.callbacks.pgd import PGD
 from lightning_ft.callbacks.precision_check import PrecisionCheck
+from lightning_ft.callbacks.r3f import R3F
+from lightning_ft.callbacks.r_drop import RDrop
 from lightning_ft.callbacks.rec_adam import RecAdam
+from lightning_ft.callbacks.smart import SMART
 from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_ft.callbacks.stability_monitor import StabilityMonitor
 from lightning_ft.callbacks.temporal_ensembling import TemporalEnsembling
@@ -39,6 +46,13 @@ from lightning_ft.callbacks.wise_ft import WiSEFT
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
 __all__ = [
+    "FGM",
+    "FreeLB",
+    "NEFTune",
+    "PGD",
+    "R3F",
+    "RDrop",
+    "SMART",
     "ActivationCheckpointing",
     "AdapterFusion",
     "BitFit",

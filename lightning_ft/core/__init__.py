@@ -13,8 +13,10 @@ from lightning_ft.core.plateau import Plateau
 from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration, Progress
 from lightning_ft.core.timeline import Timeline, step_cost
+from lightning_ft.core.token_inputs import TokenInputs
 
 __all__ = [
+    "TokenInputs",
     "Anchor",
     "Duration",
     "Fisher",
