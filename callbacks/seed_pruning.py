@@ -93,8 +93,8 @@ class SeedPruning(Callback):
         self.stopped_at = None
         if any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__):
             raise ValueError(
-                "SeedPruning cannot end a fit that runs in spawned processes: use Trainer(strategy='ddp'), which starts "
-                "them anew, in place of 'ddp_spawn', 'ddp_fork' or 'ddp_notebook'"
+                "SeedPruning cannot end a fit in spawned processes: use Trainer(strategy='ddp') in place of "
+                "'ddp_spawn', 'ddp_fork' or 'ddp_notebook'"
             )
         if self.decide is None and _exact_resume(trainer) is None:
             raise ValueError(
