@@ -81,6 +81,7 @@ class SeedPruning(Callback):
         self.stopped_at: int | None = None
         self.horizon = math.nan
         self._steps: list[int] = []
+        self._judged = 0
         self._updates: int | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -112,7 +113,8 @@ class SeedPruning(Callback):
         per_epoch, self.horizon = training_length(trainer)
         if math.isnan(self.horizon) and trainer.max_steps > 0:
             self.horizon = trainer.max_steps
-        self._steps = sorted(self._step(one, per_epoch) for one in self.at)
+        # A checkpoint of the step itself was saved before the run was judged there.
+        self._steps = sorted(step for one in self.at if (step := self._step(one, per_epoch)) > self._judged)
         if self._updates is None:
             self._updates = trainer.global_step
         for optimizer in trainer.optimizers:
@@ -154,6 +156,7 @@ class SeedPruning(Callback):
         if not self._due():
             return
         self._steps = [step for step in self._steps if step > self._updates]
+        self._judged = self._updates
         step, score, loss = self._judge(trainer)
         goes_on = False
         if self.decide is not None and trainer.is_global_zero:
@@ -213,11 +216,11 @@ class SeedPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "evaluations": [list(one) for one in self.evaluations]}
+        return {"updates": self._updates, "judged": self._judged, "evaluations": [list(one) for one in self.evaluations]}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._updates = state_dict["updates"]
+        self._updates, self._judged = state_dict["updates"], state_dict["judged"]
         self.evaluations = [tuple(one) for one in state_dict["evaluations"]]
 
 

@@ -69,6 +69,22 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(name: str, at: float, 
     assert second.evaluations[-1][0] == 9
 
 
+def test_what_was_judged_before_a_later_checkpoint_is_not_judged_again(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def decide(score: float, loss: float, step: int) -> bool:
+        asked.append(step)
+        return step < 4
+
+    def run(callback: SeedPruning, **more: Any) -> None:
+        FILTERED.fit(ExactResume("1 steps", dirpath=tmp_path), callback, **options(FILTERED, **more))
+
+    run(first := pruning(["2 steps", "4 steps", "5 steps"], decide=decide))
+    run(second := pruning(["2 steps", "4 steps", "5 steps"], decide=decide), ckpt_path=tmp_path / "last.ckpt")
+    assert asked == [2, 4, 4]
+    assert first.evaluations == second.evaluations
+
+
 def test_a_validation_is_forced_only_where_there_was_none(tmp_path: Path) -> None:
     count: list[int] = []
 
