@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from lightning_ft.seeds.worker import place
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
+
+
+_LATE = "it did not come to the rung in time"
 
 
 def study_record(storage: BaseStorage, name: str, out: Path | None = None) -> SeedStudy:
@@ -78,7 +82,7 @@ def _state(run: int, phase: Phase, cells: Cells, settings: SeedSettings) -> tupl
             return "collapsed", reason
         if run in ranking["stopped"]:
             return "stopped", None
-        return "failed", attrs.get("error", "it did not come to the rung in time" if run in ranking["late"] else None)
+        return "failed", _LATE if run in ranking["late"] else _failure(attrs, cells.attempts[run, phase])
     if fate == "told":
         if phase == "rest" or (settings.rule == "asha" and "stopped" not in attrs):
             return "finished", None
@@ -86,8 +90,12 @@ def _state(run: int, phase: Phase, cells: Cells, settings: SeedSettings) -> tupl
             return ("at rung", None) if ranking is None else ("waiting", None)
         return ("collapsed", attrs["collapsed"]) if "collapsed" in attrs else ("stopped", None)
     if fate == "failed":
-        return "failed", attrs.get("error", f"{len(cells.attempts[run, phase])} workers died of it")
+        return "failed", _failure(attrs, cells.attempts[run, phase])
     return ("running", None) if fate == "running" else ("waiting", None)
+
+
+def _failure(attrs: Mapping[str, Any], attempts: Sequence[Any]) -> str:
+    return str(attrs.get("error", f"{len(attempts)} workers died of it"))
 
 
 def _spent(trial: Any) -> tuple[int, float]:
