@@ -216,7 +216,11 @@ class SeedPruning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self._updates, "judged": self._judged, "evaluations": [list(one) for one in self.evaluations]}
+        return {
+            "updates": self._updates,
+            "judged": self._judged,
+            "evaluations": [list(one) for one in self.evaluations],
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

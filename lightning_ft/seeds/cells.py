@@ -225,4 +225,3 @@ def finished(cells: Cells, settings: SeedSettings) -> list[int]:
         and math.isfinite((judged := cells.last_evaluation(run, phase)).score)
     }
     return list(best_first(done, settings.mode))
-

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -16,7 +16,7 @@ from pathlib import Path
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import SeedSettings
 from lightning_ft.seeds.job import Test, Train
-from lightning_ft.seeds.storage import open_storage
+from lightning_ft.seeds.storage import close_storage, open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience, over, work
 
@@ -41,18 +41,18 @@ class Assignment:
     out: Path
     url: str | None = None
     test: Test | None = None
-    patience: Patience = Patience()
+    patience: Patience | None = None
 
     def board(self) -> Board:
         """The study, joined or begun."""
         return Board(open_storage(self.url, self.out), self.name, self.settings)
 
-    def save_record(self) -> None:
+    def save_record(self, board: Board) -> None:
         """Write ``OUT/study.json``."""
-        study_record(open_storage(self.url, self.out), self.name, self.out).save(self.out / "study.json")
+        study_record(board.storage, self.name, self.out).save(self.out / "study.json")
 
 
-def run_study(assignment: Assignment, *, workers: int = 1, progress: Callable[[], None] = lambda: None) -> None:
+def run_study(assignment: Assignment, *, workers: int = 1) -> None:
     """Work at a study with a number of processes until it is over. Other machines may join it with the same call.
 
     A process that dies is begun again, and takes over what it held. With CUDA devices each process sees one, in turn.
@@ -61,7 +61,6 @@ def run_study(assignment: Assignment, *, workers: int = 1, progress: Callable[[]
     Args:
         assignment: The study.
         workers: Processes; 0 works in this one.
-        progress: Is called every now and then.
 
     Raises:
         ValueError: The study has other settings.
@@ -69,8 +68,11 @@ def run_study(assignment: Assignment, *, workers: int = 1, progress: Callable[[]
     """
     board = assignment.board()
     if workers == 0:
-        work(board, assignment.train, assignment.out, test=assignment.test, patience=assignment.patience)
-        assignment.save_record()
+        try:
+            work(board, assignment.train, assignment.out, test=assignment.test, patience=assignment.patience)
+        finally:
+            assignment.save_record(board)
+            close_storage(board.storage)
         return
     processes = [_start(assignment, number) for number in range(workers)]
     try:
@@ -83,16 +85,16 @@ def run_study(assignment: Assignment, *, workers: int = 1, progress: Callable[[]
                     processes[number] = _start(assignment, number)
                 elif process.exitcode is not None and process.exitcode < 0:
                     return
-            assignment.save_record()
-            progress()
-            _wait(processes, assignment.patience.poll)
+            assignment.save_record(board)
+            _wait(processes, 1.0)
     finally:
         _stop(processes)
-        assignment.save_record()
+        assignment.save_record(board)
+        close_storage(board.storage)
 
 
 def _wait(processes: list[BaseProcess], seconds: float) -> None:
-    until = time.monotonic() + max(seconds, 0.2)
+    until = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, until - time.monotonic()))
 

@@ -55,6 +55,15 @@ def _database(url: str) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
+def close_storage(storage: BaseStorage) -> None:
+    """Close the connections of a database."""
+    from optuna.storages import RDBStorage
+
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 class JournalLock:
     """A lock on a journal file that ends with the process that holds it, and mends what a killed one left.
 

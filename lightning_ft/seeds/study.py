@@ -54,7 +54,9 @@ def study_record(storage: BaseStorage, name: str, out: Path | None = None) -> Se
 def _run(run: int, cells: Cells, settings: SeedSettings, out: Path | None) -> SeedRun:
     phase: Phase = "rest" if cells.last(run, "rest") is not None else "rung"
     attempts = [*cells.attempts.get((run, "rung"), []), *cells.attempts.get((run, "rest"), [])]
-    known = next((t.user_attrs["evaluations"] for t in reversed(attempts) if "evaluations" in t.user_attrs), [])
+    known: list[list[float]] = next(
+        (t.user_attrs["evaluations"] for t in reversed(attempts) if "evaluations" in t.user_attrs), []
+    )
     state, reason = _state(run, phase, cells, settings)
     test = cells.last(run, "test")
     file = None if out is None or not attempts else _checkpoint(out, run, cells)
@@ -69,7 +71,7 @@ def _run(run: int, cells: Cells, settings: SeedSettings, out: Path | None) -> Se
         steps=sum(_spent(trial)[0] for trial in attempts),
         seconds=sum(_spent(trial)[1] for trial in attempts),
         reason=reason,
-        worker=next((t.user_attrs["worker"] for t in reversed(attempts) if "worker" in t.user_attrs), None),
+        worker=_latest(attempts, "worker"),
         test=test.value if test is not None and cells.fate(run, "test") == "told" else None,  # type: ignore[attr-defined]
         checkpoint=None if file is None else str(file),
     )
@@ -92,6 +94,10 @@ def _state(run: int, phase: Phase, cells: Cells, settings: SeedSettings) -> tupl
     if fate == "failed":
         return "failed", _failure(attrs, cells.attempts[run, phase])
     return ("running", None) if fate == "running" else ("waiting", None)
+
+
+def _latest(attempts: Sequence[Any], name: str) -> Any:
+    return next((trial.user_attrs[name] for trial in reversed(attempts) if name in trial.user_attrs), None)
 
 
 def _failure(attrs: Mapping[str, Any], attempts: Sequence[Any]) -> str:

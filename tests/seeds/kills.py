@@ -6,16 +6,16 @@ import os
 import random
 import signal
 import threading
-import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_ft.seeds.board import Board
-from lightning_ft.seeds.cells import Cells, SeedSettings
+from lightning_ft.seeds.cells import SeedSettings
 from lightning_ft.seeds.pool import Assignment, run_study
 from lightning_ft.seeds.record import SeedStudy
-from lightning_ft.seeds.storage import open_storage
+from lightning_ft.seeds.storage import close_storage, open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience
 from tests.seeds.toy import ToyTest, ToyTrain
@@ -58,10 +58,12 @@ def _children() -> list[int]:
     return found
 
 
-def killed_study(out: Path, url: str | None, runs: int, *, every: float, most: int) -> tuple[SeedStudy, Cells, int]:
-    """The study when it is over, and how often a worker was killed."""
+def killed_study(
+    out: Path, url: str | None, runs: int, *, every: float, most: int
+) -> tuple[SeedStudy, Sequence[Any], int]:
+    """The study when it is over, all its trials, and how often a worker was killed."""
     settings = SeedSettings(runs=runs, keep=runs // 4, told={"kind": "toy"})
-    train, test = ToyTrain(out / "log", seconds=0.005), ToyTest(out / "log")
+    train, test = ToyTrain(out / "log", seconds=0.02), ToyTest(out / "log")
     patience = Patience(lease=5, poll=0.1)
     killer = Killer(every, most)
     killer.start()
@@ -71,33 +73,17 @@ def killed_study(out: Path, url: str | None, runs: int, *, every: float, most: i
         killer.over.set()
         killer.join()
     storage = open_storage(url, out)
-    return study_record(storage, "toys", out), Board(storage, "toys").cells(), killer.killed
+    try:
+        board = Board(storage, "toys")
+        return study_record(storage, "toys", out), board.trials(), killer.killed
+    finally:
+        close_storage(storage)
 
 
-def told(cells: Cells) -> Counter[tuple[int, str]]:
-    """How often each phase of each run was told."""
-    return Counter(
-        (run, phase)
-        for (run, phase), attempts in cells.attempts.items()
-        for trial in attempts
-        if trial.state.name in ("COMPLETE", "PRUNED")
-    )
-
-
-def all_told(storage: Any, name: str) -> Counter[tuple[int, str]]:
-    """The same over all trials that there are, doubles included."""
+def told(trials: Sequence[Any]) -> Counter[tuple[int, str]]:
+    """How often each phase of each run was told, over all trials that there are."""
     return Counter(
         (trial.user_attrs["run"], trial.user_attrs["phase"])
-        for trial in Board(storage, name).trials()
+        for trial in trials
         if "phase" in trial.user_attrs and trial.state.name in ("COMPLETE", "PRUNED")
     )
-
-
-if __name__ == "__main__":
-    import sys
-    import tempfile
-
-    began = time.monotonic()
-    place = Path(tempfile.mkdtemp())
-    study, cells, killed = killed_study(place, None, int(sys.argv[1]), every=1.0, most=int(sys.argv[2]))
-    print(killed, "killed;", len(told(cells)), "told in", round(time.monotonic() - began), "s;", study.chosen)

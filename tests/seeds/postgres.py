@@ -44,7 +44,9 @@ def postgres_server() -> Iterator[str]:
     env = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(place)}
     control = str(programs() / "pg_ctl")
     try:
-        call(str(programs() / "initdb"), "-D", str(data), "-U", "tester", "--auth=trust", "--no-sync")
+        call(
+            str(programs() / "initdb"), "-D", str(data), "-U", "tester", "--auth=trust", "--encoding=UTF8", "--no-sync"
+        )
         options = f"-p {port} -c listen_addresses=127.0.0.1 -k {place} -c fsync=off -c max_connections=50"
         call(control, "-D", str(data), "-l", str(place / "log"), "-w", "-o", options, "start")
         yield f"postgresql://tester@127.0.0.1:{port}/postgres"
