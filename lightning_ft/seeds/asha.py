@@ -38,7 +38,7 @@ def goes_on(claim: Claim, score: float, step: int, horizon: int) -> bool:
 def _take_over(claim: Claim, passed: int) -> None:
     """The rungs that earlier attempts passed before the checkpoint from which this one went on."""
     storage, trial = claim.board.storage, claim.trial._trial_id
-    for earlier in claim.board.cells().attempts[claim.cell.run, claim.cell.phase]:
+    for earlier in claim.cells.attempts[claim.cell.run, claim.cell.phase]:
         for rung in range(passed):
             if (value := earlier.system_attrs.get(name := f"completed_rung_{rung}")) is not None:  # the pruner's name
                 storage.set_trial_system_attr(trial, name, value)

@@ -107,24 +107,18 @@ class Board:
             with _quiet():
                 self.study.enqueue_trial({}, user_attrs={**asdict(cell), **seeds})
 
-    def waiting(self) -> bool:
-        """Whether there is something to claim."""
-        return any(trial.state.name == "WAITING" for trial in self.trials())
-
     def claim(self, worker: str) -> Claim | None:
-        """A cell that is this worker's alone; None if there is none just now."""
-        if not self.waiting():
-            return None
+        """A cell that is this worker's alone; None if another worker was faster. Call where something waits."""
         with _quiet():
             trial = self.study.ask()
-        cell = Cell.of(trial)  # type: ignore[arg-type]
-        if cell is None or trial.number not in self.cells().numbers:
+        cell, cells = Cell.of(trial), self.cells()  # type: ignore[arg-type]
+        if cell is None or trial.number not in cells.numbers:
             # Another worker was faster, or enqueued the same: Optuna made up a trial, or this one is its double.
             trial.set_user_attr(_SURPLUS, True)
             self.fail(trial)
             return None
         trial.set_user_attr("worker", worker)
-        return Claim(self, trial, cell)
+        return Claim(self, trial, cell, cells)
 
     def fail(self, trial: Trial | FrozenTrial, error: str | None = None) -> bool:
         """End a trial without a result; whether it was still open. Without an error its cell is tried again."""
@@ -147,12 +141,14 @@ class Claim:
         board: The study.
         trial: The trial, which runs.
         cell: The cell.
+        cells: The study, as it was then.
     """
 
-    def __init__(self, board: Board, trial: Trial, cell: Cell) -> None:
+    def __init__(self, board: Board, trial: Trial, cell: Cell, cells: Cells) -> None:
         self.board = board
         self.trial = trial
         self.cell = cell
+        self.cells = cells
 
     def note(self, **values: Any) -> bool:
         """Write something down; False if the cell was taken over."""

@@ -118,6 +118,7 @@ class Cells:
     """
 
     def __init__(self, trials: Sequence[TrialLike]) -> None:
+        self.trials = trials
         self.attempts: dict[tuple[int, Phase], list[TrialLike]] = {}
         self.decided: dict[str, Any] = {}
         first: dict[Cell, TrialLike] = {}
@@ -129,6 +130,10 @@ class Cells:
         self.numbers = {trial.number for trial in first.values()}
         for cell in sorted(first, key=lambda one: one.attempt):
             self.attempts.setdefault((cell.run, cell.phase), []).append(first[cell])
+
+    def waiting(self) -> bool:
+        """Whether there is something to claim."""
+        return any(trial.state.name == "WAITING" for trial in self.trials)
 
     def last(self, run: int, phase: Phase) -> TrialLike | None:
         """The latest attempt at a phase of a run."""

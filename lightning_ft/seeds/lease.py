@@ -127,14 +127,15 @@ class Watch:
         self.clock = clock
         self._heard: dict[int, tuple[Any, float]] = {}
 
-    def bury(self, me: str) -> int:
+    def bury(self, me: str, trials: Sequence[Any]) -> int:
         """Fail trials that nobody trains, so that they are begun again; how many there were.
 
         Args:
+            trials: All of the study, as they stand now.
             me: The caller's name. It holds nothing now: what goes by its name is of an earlier process.
         """
         now, count = self.clock(), 0
-        for trial in self.board.trials():
+        for trial in trials:
             if trial.state.name != "RUNNING":
                 self._heard.pop(trial.number, None)
                 continue

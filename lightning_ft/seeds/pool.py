@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from lightning_ft.seeds.job import Test, Train
 from lightning_ft.seeds.storage import close_storage, open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience, over, work
+
+# Not forked: a process that has trained with threads or a GPU cannot be.
+CONTEXT: BaseContext = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ def _wait(processes: list[BaseProcess], seconds: float) -> None:
 def _start(assignment: Assignment, number: int) -> BaseProcess:
     settings = {"OMP_NUM_THREADS": str(assignment.settings.threads), **_device(number)}
     with _environment(settings):
-        # Not forked: a process that has trained with threads or a GPU cannot be.
-        process = multiprocessing.get_context("spawn").Process(target=_worker, args=(assignment, number), daemon=False)
+        process: BaseProcess = CONTEXT.Process(target=_worker, args=(assignment, number), daemon=False)  # type: ignore[attr-defined]
         process.start()
     return process
 

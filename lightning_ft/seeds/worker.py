@@ -47,12 +47,12 @@ def work(board: Board, train: Train, out: Path, *, test: Test | None = None, pat
     watch, barrier = Watch(board, patience.lease), _Barrier(patience.barrier)
     with name_of_worker(out) as me:
         while not over(cells := advance(board, barrier, tested=test is not None), board.settings):
-            watch.bury(me)
             tidy(out, cells, board.settings)
-            claim = board.claim(me)
-            if claim is None:
+            if watch.bury(me, cells.trials):
+                continue
+            if not cells.waiting():
                 time.sleep(patience.poll)
-            else:
+            elif (claim := board.claim(me)) is not None:
                 _carry_out(claim, train, test, out, patience.lease)
         tidy(out, cells, board.settings)
 
@@ -71,18 +71,21 @@ def advance(board: Board, barrier: _Barrier, *, tested: bool) -> Cells:
         tested: Whether the chosen run is to be tested.
     """
     cells, settings = board.cells(), board.settings
-    if cells_to_do := missing(cells, settings):
-        board.enqueue(cells_to_do)
+    if new := missing(cells, settings):
+        board.enqueue(new)
+        return board.cells()
     still = open_runs(cells, settings)
     if settings.rule == "rung" and "ranking" not in cells.decided:
         late = barrier.late(settings.runs - len(still), still)
         if still == late:
             board.decide("ranking", ranking_of(cells, settings, late))
             _give_up(board)
+            return advance(board, barrier, tested=tested)
     elif "chosen" not in cells.decided and not still:
         best = finished(cells, settings)
         board.decide("chosen", {"run": best[0] if best else None, "test": tested and bool(best)})
-    return board.cells()
+        return advance(board, barrier, tested=tested)
+    return cells
 
 
 def _give_up(board: Board) -> None:
@@ -145,7 +148,7 @@ def job_of(board: Board, claim: Claim, out: Path, progress: Lease) -> Job:
     """What is to be done for a claim, from the latest checkpoint there is."""
     run, phase, attempt = claim.cell.run, claim.cell.phase, claim.cell.attempt
     init, order, dropout = board.settings.seeds(run)
-    cells = board.cells()
+    cells = claim.cells
     before: list[tuple[Phase, int]] = [(phase, earlier) for earlier in reversed(range(attempt))]
     previous: dict[Phase, Phase] = {"rest": "rung", "test": "rest" if board.settings.rule == "rung" else "rung"}
     if phase in previous:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import SeedSettings
@@ -22,53 +24,59 @@ from tests.seeds.toy import ToyTest, ToyTrain
 
 
 class Killer(threading.Thread):
-    """Kills a worker of this process, chosen at random, at random times.
+    """Kills a worker, chosen at random, after random numbers of steps of all: however slow the machine is.
 
     Args:
-        every: Mean seconds between two kills.
-        most: How many at most.
+        log: The file that gets a line for each step.
+        every: Mean number of steps between two kills.
     """
 
-    def __init__(self, every: float, most: int) -> None:
+    def __init__(self, log: Path, every: float) -> None:
         super().__init__(daemon=True)
-        self.every, self.most = every, most
+        self.log, self.every = log, every
         self.killed = 0
         self.over = threading.Event()
         self.random = random.Random(0)
 
     def run(self) -> None:
-        while self.killed < self.most and not self.over.wait(self.random.expovariate(1 / self.every)):
-            # Some are hit while they start, some while they hold a lock, some while they train.
-            if workers := _children():
+        at = 0.0
+        while not self.over.wait(0.02):
+            if self.log.exists() and self.log.read_bytes().count(b"\n") >= at and (workers := children()):
                 os.kill(self.random.choice(workers), signal.SIGKILL)
                 self.killed += 1
+                at = self.log.read_bytes().count(b"\n") + self.random.expovariate(1 / self.every)
 
 
-def _children() -> list[int]:
-    """Processes of this one that multiprocessing spawned to work, and not its tracker of resources."""
-    found = []
-    for entry in Path("/proc").iterdir():
+def children() -> list[int]:
+    """Processes below this one that multiprocessing made to work, and not its helpers."""
+    below: dict[int, list[int]] = {}
+    commands: dict[int, bytes] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            status = (entry / "stat").read_text().rpartition(")")[2].split()
-            command = (entry / "cmdline").read_bytes()
-        except (OSError, IndexError):
+            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+            commands[int(entry.name)] = (entry / "cmdline").read_bytes()
+        except OSError:
             continue
-        if int(status[1]) == os.getpid() and b"spawn_main" in command and status[0] != "Z":
-            found.append(int(entry.name))
-    return found
+        if state != "Z":
+            below.setdefault(int(parent), []).append(int(entry.name))
+    mine = below.get(os.getpid(), [])
+    spawned = [pid for pid in mine if b"spawn_main" in commands[pid]]
+    return spawned + [child for pid in mine if b"forkserver" in commands[pid] for child in below.get(pid, [])]
 
 
-def killed_study(
-    out: Path, url: str | None, runs: int, *, every: float, most: int
-) -> tuple[SeedStudy, Sequence[Any], int]:
+def killed_study(out: Path, url: str | None, runs: int, *, every: float) -> tuple[SeedStudy, Sequence[Any], int]:
     """The study when it is over, all its trials, and how often a worker was killed."""
     settings = SeedSettings(runs=runs, keep=runs // 4, told={"kind": "toy"})
     train, test = ToyTrain(out / "log", seconds=0.02), ToyTest(out / "log")
-    patience = Patience(lease=5, poll=0.1)
-    killer = Killer(every, most)
+    patience = Patience(lease=10, poll=0.1)
+    killer = Killer(out / "log", every)
+    # Nothing here trains, and a process of which torch is a part already begins at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_ft.seeds.pool", "optuna.storages", "tests.seeds.toy"])
     killer.start()
     try:
-        run_study(Assignment("toys", settings, train, out, url, test, patience), workers=4)
+        with mock.patch("lightning_ft.seeds.pool.CONTEXT", context):
+            run_study(Assignment("toys", settings, train, out, url, test, patience), workers=4)
     finally:
         killer.over.set()
         killer.join()

@@ -26,7 +26,7 @@ from lightning_ft.seeds.record import SeedStudy
 from lightning_ft.seeds.storage import open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience, work
-from tests.seeds.kills import _children
+from tests.seeds.kills import children
 from tests.test_cli import project
 
 __all__ = ["project"]
@@ -204,7 +204,7 @@ def killed_twice(assignment: Assignment, workers: int, where: str, pauses: tuple
         for pause in pauses:
             while not over.wait(0.05) and len(list(assignment.out.glob(where))) < pause:
                 pass
-            while not over.wait(0.05) and not (alive := _children()):
+            while not over.wait(0.05) and not (alive := children()):
                 pass
             if over.is_set():
                 return
@@ -250,7 +250,7 @@ def test_workers_that_are_killed_change_nothing(configured: Path) -> None:
 @pytest.mark.kill
 @pytest.mark.timeout(3000)
 def test_a_real_study_survives_kills(minilm: str, real_data: Path, tmp_path: Path) -> None:
-    """MiniLM on 300 questions: eight runs, two kept, three workers, one killed twice."""
+    """MiniLM on 160 questions: eight runs, two kept, three workers, one killed twice."""
     config = real_config(minilm, real_data, tmp_path)
     settings = SeedSettings(runs=8, keep=2)
     whole = study_of(tmp_path / "whole", settings, config)
@@ -269,13 +269,13 @@ def test_a_real_study_survives_kills(minilm: str, real_data: Path, tmp_path: Pat
 def real_config(minilm: str, data: Path, folder: Path) -> str:
     rows = (data / "trec6" / "train.jsonl").read_text().splitlines()
     held_out = (data / "trec6" / "dev.jsonl").read_text().splitlines()
-    (folder / "train.jsonl").write_text("\n".join(rows[:320]) + "\n")
-    (folder / "val.jsonl").write_text("\n".join(held_out[:100]) + "\n")
-    (folder / "test.jsonl").write_text("\n".join(held_out[100:200]) + "\n")
+    (folder / "train.jsonl").write_text("\n".join(rows[:160]) + "\n")
+    (folder / "val.jsonl").write_text("\n".join(held_out[:60]) + "\n")
+    (folder / "test.jsonl").write_text("\n".join(held_out[60:120]) + "\n")
     files = {name: str(folder / f"{name}.jsonl") for name in ("train", "val", "test")}
     settings = {
         "model": {"class_path": "SequenceClassification", "init_args": {"pretrained": minilm, "learning_rate": 3e-4}},
-        "data": {"class_path": "ClassificationData", "init_args": {**files, "max_length": 32, "batch_size": 16}},
+        "data": {"class_path": "ClassificationData", "init_args": {**files, "max_length": 24, "batch_size": 16}},
         "trainer": {"accelerator": "cpu", "max_epochs": 2, "val_check_interval": 0.5, "gradient_clip_val": 1.0},
     }
     file = folder / "config.yaml"

@@ -128,11 +128,10 @@ def test_paired_and_grid_designs_have_streams_of_their_own() -> None:
 # ---- claims
 
 
-def test_a_surplus_ask_is_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_surplus_ask_is_failed(tmp_path: Path) -> None:
     """Two workers see the last cell; one gets it, and Optuna makes up a trial for the other."""
     first, second = board(tmp_path, runs=1, keep=1), board(tmp_path, runs=1, keep=1)
     first.enqueue([Cell(0, "rung")])
-    monkeypatch.setattr(second, "waiting", lambda: True)
     assert first.claim("a") is not None
     assert second.claim("b") is None
     states = Counter(trial.state.name for trial in first.trials() if "decision" not in trial.user_attrs)
@@ -155,7 +154,7 @@ def test_each_cell_is_claimed_once_by_many_threads(tmp_path: Path) -> None:
 
     def claim_all() -> None:
         mine = board(tmp_path, runs=30)
-        while mine.waiting():
+        while mine.cells().waiting():
             if (claim := mine.claim("me")) is not None:
                 got.append(claim.cell.run)
 
@@ -184,14 +183,14 @@ def test_a_late_worker_can_say_nothing_any_more(tmp_path: Path) -> None:
     late = shared.claim("late")
     assert late is not None
     watch = Watch(shared, 10, clock=lambda: now[0])
-    assert watch.bury("other") == 0
+    assert watch.bury("other", shared.trials()) == 0
     now[0] = 9.9
-    assert watch.bury("other") == 0
+    assert watch.bury("other", shared.trials()) == 0
     assert late.note(beat=[1, 0, 0.0])  # a sign of life
     now[0] = 15
-    assert watch.bury("other") == 0
+    assert watch.bury("other", shared.trials()) == 0
     now[0] = 25
-    assert watch.bury("other") == 1
+    assert watch.bury("other", shared.trials()) == 1
     shared.enqueue([Cell(0, "rung", attempt=1)])
     successor = shared.claim("other")
     assert successor is not None
@@ -211,7 +210,8 @@ def test_only_one_takes_over(tmp_path: Path) -> None:
     shared, other = board(tmp_path, runs=1, keep=1), board(tmp_path, runs=1, keep=1)
     shared.enqueue([Cell(0, "rung")])
     assert shared.claim("dead") is not None
-    assert [Watch(shared, 0).bury("dead"), Watch(other, 0).bury("dead")] == [1, 0]
+    seen = [one.trials() for one in (shared, other)]
+    assert [Watch(shared, 0).bury("dead", seen[0]), Watch(other, 0).bury("dead", seen[1])] == [1, 0]
 
 
 def test_a_name_returns_when_its_owner_ends(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ def undisturbed(out: Path, runs: int) -> SeedStudy:
     return study_record(board.storage, "toys")
 
 
-def check(out: Path, url: str | None, runs: int, *, every: float, most: int, least: int) -> None:
-    study, trials, killed = killed_study(out / "killed", url, runs, every=every, most=most)
+def check(out: Path, url: str | None, runs: int, *, every: float, least: int) -> None:
+    study, trials, killed = killed_study(out / "killed", url, runs, every=every)
     assert killed >= least
     kept = {run.number for run in study.runs if run.state == "finished"}
     cells_of_study = {*((run, "rung") for run in range(runs)), *((run, "rest") for run in kept), (study.chosen, "test")}
@@ -41,11 +41,11 @@ def check(out: Path, url: str | None, runs: int, *, every: float, most: int, lea
 
 @pytest.mark.kill
 def test_journal_survives_random_kills(tmp_path: Path) -> None:
-    check(tmp_path, None, 40, every=1.5, most=20, least=8)
+    check(tmp_path, None, 40, every=25, least=8)
 
 
 @pytest.mark.postgres
 @pytest.mark.timeout(1800)
 def test_postgresql_survives_random_kills(tmp_path: Path) -> None:
     with postgres_server() as url:
-        check(tmp_path, url, 200, every=3, most=60, least=20)
+        check(tmp_path, url, 200, every=40, least=20)
