@@ -160,7 +160,7 @@ def _spelt(argument: str) -> str:
 
 
 def _watch(load: Callable[[], SeedStudy], console: Any = None) -> None:
-    from lightning_ft.seeds.watch import watch
+    from lightning_ft.seeds.watch import watch  # type: ignore[import-not-found]
 
     watch(load, console=console)
 
@@ -168,7 +168,7 @@ def _watch(load: Callable[[], SeedStudy], console: Any = None) -> None:
 def _report(study: SeedStudy, out: Path) -> None:
     if find_spec("lightning_ft.seeds.report") is None:
         return
-    from lightning_ft.seeds.report import write_report
+    from lightning_ft.seeds.report import write_report  # type: ignore[import-not-found]
 
     print(write_report(study, out))
 

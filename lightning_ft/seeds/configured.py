@@ -8,7 +8,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,8 +235,7 @@ def _run(command: str, job: Job, line: Sequence[str], kind: type[FineTuningCLI])
 def _ranks(task: Any, job: Job) -> Iterator[None]:
     """Lightning starts further ranks by the command of this process: meanwhile it is that of this job."""
     if "LOCAL_RANK" in os.environ:  # this is such a rank
-        with nullcontext():
-            yield
+        yield
         return
     file = job.folder / "job.pickle"
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_finished_runs_are_those_that_were_never_stopped(configured: Path) -> No
     for number in study.runs:
         assert number.evaluations[0].step == step
         assert (number.evaluations[-1].step == STEPS) == (number.state == "finished")
-    assert sum(one.steps for one in study.runs) == cost(4, step / STEPS, 2) * STEPS
+    assert sum(one.steps for one in study.runs) == 4 * step + 2 * (STEPS - step)
     finished = [one for one in study.runs if one.state == "finished"]
     assert len(finished) == 2
     for one in finished:
@@ -165,9 +167,8 @@ def test_the_command(configured: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "3 runs to 0.3 of their length, 1 to the end: the cost of 1.6 full runs" in said.err
     study = SeedStudy.load(configured / "out" / "study.json")
     assert sum(one.state == "finished" for one in study.runs) == 1
-    before = (configured / "out" / "study.journal").stat().st_size
     command([*line, "--threads=1"])  # it is over
-    assert (configured / "out" / "study.journal").stat().st_size == before
+    assert SeedStudy.load(configured / "out" / "study.json") == study
     with pytest.raises(ValueError, match=r"with other settings: keep=1 \(now 2\)"):
         command([*line, "--keep", "2"])
     with pytest.raises(SystemExit):
@@ -233,6 +234,36 @@ def check_killed(assignment: Assignment, out: Path, whole: SeedStudy, pauses: tu
             assert other.checkpoint is not None
             same(Path(one.checkpoint), Path(other.checkpoint))
     return study
+
+
+@pytest.mark.slow
+def test_a_run_on_two_devices_is_stopped_and_resumed(configured: Path) -> None:
+    """Rank 0 alone speaks to the study; the other one is started for each phase."""
+    line = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+    settings, out = SeedSettings(runs=2, keep=1, stop_at=0.4, metric="val_auroc"), configured / "ranks"
+    board = Board(open_storage(None, out), "seeds", settings)
+    before = dict(os.environ)
+    train, test = ConfiguredTrain("plain.yaml", line), ConfiguredTest("plain.yaml", line)
+    work(board, train, out, test=test, patience=Patience(poll=0.05))
+    study = study_record(board.storage, "seeds", out)
+    assert os.environ == before
+    assert study.horizon == STEPS / 2
+    assert sorted(one.state for one in study.runs) == ["finished", "stopped"]
+    assert [one.steps for one in study.runs if one.state == "finished"] == [STEPS / 2]
+    chosen = study.runs[study.chosen or 0]
+    assert chosen.test is not None
+    assert chosen.checkpoint is not None
+    same(Path(chosen.checkpoint), plain_fit_on_two("plain.yaml", configured, chosen.number))
+
+
+def plain_fit_on_two(config: str, folder: Path, seed: int) -> Path:
+    callback = "--trainer.callbacks+=lightning_ft.callbacks.ExactResume"
+    seeds = ["--model.init_args.head_seed", str(seed), "--data.init_args.seed", str(seed)]
+    place = ["--trainer.default_root_dir", str(folder / "plain"), "--seed_everything", str(seed)]
+    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = ["fit", "--config", config, *place, *seeds, callback, "--trainer.callbacks.seed", str(seed), *devices]
+    subprocess.run([sys.executable, "-m", "lightning_ft", *command], check=True, capture_output=True)
+    return folder / "plain" / "run_0" / "checkpoints" / "last.ckpt"
 
 
 @pytest.mark.kill
