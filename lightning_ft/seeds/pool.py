@@ -19,7 +19,7 @@ from lightning_ft.seeds.cells import SeedSettings
 from lightning_ft.seeds.job import Test, Train
 from lightning_ft.seeds.storage import close_storage, open_storage
 from lightning_ft.seeds.study import study_record
-from lightning_ft.seeds.worker import Patience, over, work
+from lightning_ft.seeds.worker import Barrier, Patience, advance, over, work
 
 # Not forked: a process that has trained with threads or a GPU cannot be.
 CONTEXT: BaseContext = multiprocessing.get_context("spawn")
@@ -78,6 +78,7 @@ def run_study(assignment: Assignment, *, workers: int = 1) -> None:
             assignment.save_record(board)
             close_storage(board.storage)
         return
+    advance(board, Barrier(None), tested=assignment.test is not None)  # once, and not by all workers
     processes = [_start(assignment, number) for number in range(workers)]
     try:
         while any(process.exitcode != 0 for process in processes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def work(board: Board, train: Train, out: Path, *, test: Test | None = None, pat
         Exception: What the training raised, while no run of the study has come to the rung: then all would raise.
     """
     patience = patience or Patience()
-    watch, barrier = Watch(board, patience.lease), _Barrier(patience.barrier)
+    watch, barrier = Watch(board, patience.lease), Barrier(patience.barrier)
     with name_of_worker(out) as me:
         while not over(cells := advance(board, barrier, tested=test is not None), board.settings):
             tidy(out, cells, board.settings)
@@ -62,7 +63,7 @@ def over(cells: Cells, settings: SeedSettings) -> bool:
     return "chosen" in cells.decided and not open_runs(cells, settings)
 
 
-def advance(board: Board, barrier: _Barrier, *, tested: bool) -> Cells:
+def advance(board: Board, barrier: Barrier, *, tested: bool) -> Cells:
     """Put up what is missing, and decide what can be decided; any worker may, and the first one counts.
 
     Args:
@@ -72,7 +73,8 @@ def advance(board: Board, barrier: _Barrier, *, tested: bool) -> Cells:
     """
     cells, settings = board.cells(), board.settings
     if new := missing(cells, settings):
-        board.enqueue(new)
+        # All workers may stand here at once: each puts up one, so that they seldom do the same, and goes on to claim.
+        board.enqueue([random.choice(new)] if cells.attempts else new)
         return board.cells()
     still = open_runs(cells, settings)
     if settings.rule == "rung" and "ranking" not in cells.decided:
@@ -97,7 +99,7 @@ def _give_up(board: Board) -> None:
             board.fail(trial)
 
 
-class _Barrier:
+class Barrier:
     """Times how long none has come to the rung.
 
     Args:
