@@ -14,6 +14,8 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import SeedSettings
 from lightning_ft.seeds.job import Test, Train
@@ -59,8 +61,8 @@ class Assignment:
 def run_study(assignment: Assignment, *, workers: int = 1) -> None:
     """Work at a study with a number of processes until it is over. Other machines may join it with the same call.
 
-    A process that dies is begun again, and takes over what it held. With CUDA devices each process sees one, in turn.
-    The threads of a process are those of the study. What they print goes to ``OUT/workers``.
+    A process that dies is begun again, and takes over what it held. Of several processes each sees one CUDA device, in
+    turn; one alone sees all. The threads of a process are those of the study. What they print goes to ``OUT/workers``.
 
     Args:
         assignment: The study.
@@ -72,14 +74,17 @@ def run_study(assignment: Assignment, *, workers: int = 1) -> None:
     """
     board = assignment.board()
     if workers == 0:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(assignment.settings.threads)
         try:
             work(board, assignment.train, assignment.out, test=assignment.test, patience=assignment.patience)
         finally:
+            torch.set_num_threads(threads)
             assignment.save_record(board)
             close_storage(board.storage)
         return
     advance(board, Barrier(None), tested=assignment.test is not None)  # once, and not by all workers
-    processes = [_start(assignment, number) for number in range(workers)]
+    processes = [_start(assignment, number, workers) for number in range(workers)]
     try:
         while any(process.exitcode != 0 for process in processes):
             for number, process in enumerate(processes):
@@ -87,7 +92,7 @@ def run_study(assignment: Assignment, *, workers: int = 1) -> None:
                     raise RuntimeError(f"a worker ended by an error:\n{_last_words(assignment.out, number)}")
                 # A signal has killed it, or the system was out of memory.
                 if process.exitcode is not None and process.exitcode < 0 and not over(board.cells(), board.settings):
-                    processes[number] = _start(assignment, number)
+                    processes[number] = _start(assignment, number, workers)
                 elif process.exitcode is not None and process.exitcode < 0:
                     return
             assignment.save_record(board)
@@ -104,8 +109,8 @@ def _wait(processes: list[BaseProcess], seconds: float) -> None:
         process.join(max(0.0, until - time.monotonic()))
 
 
-def _start(assignment: Assignment, number: int) -> BaseProcess:
-    settings = {"OMP_NUM_THREADS": str(assignment.settings.threads), **_device(number)}
+def _start(assignment: Assignment, number: int, workers: int) -> BaseProcess:
+    settings = {"OMP_NUM_THREADS": str(assignment.settings.threads), **(_device(number) if workers > 1 else {})}
     with _environment(settings):
         process: BaseProcess = CONTEXT.Process(target=_worker, args=(assignment, number), daemon=False)  # type: ignore[attr-defined]
         process.start()
@@ -113,8 +118,6 @@ def _start(assignment: Assignment, number: int) -> BaseProcess:
 
 
 def _device(number: int) -> dict[str, str]:
-    import torch
-
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     devices = given.split(",")[:count] if given else [str(i) for i in range(count)]
@@ -155,8 +158,6 @@ def _last_words(out: Path, number: int) -> str:
 
 def _worker(assignment: Assignment, number: int) -> None:
     """What a process of the pool does."""
-    import torch
-
     parent = multiprocessing.parent_process()
     assert parent is not None
     file = assignment.out / "workers" / f"worker_{number}_{parent.pid}.log"
