@@ -131,9 +131,9 @@ class Cells:
         for cell in sorted(first, key=lambda one: one.attempt):
             self.attempts.setdefault((cell.run, cell.phase), []).append(first[cell])
 
-    def waiting(self) -> bool:
-        """Whether there is something to claim."""
-        return any(trial.state.name == "WAITING" for trial in self.trials)
+    def waiting(self) -> int:
+        """How many can be claimed."""
+        return sum(trial.state.name == "WAITING" for trial in self.trials)
 
     def last(self, run: int, phase: Phase) -> TrialLike | None:
         """The latest attempt at a phase of a run."""

@@ -34,7 +34,6 @@ class Lease(Progress):
         self.facts: dict[str, Any] = {}
         self.ending: dict[str, Any] = {}
         """Of a run that ASHA stopped."""
-        self.evaluations: list[Evaluation] = []
         self._step: int | None = None
         self._beats = 0
         self._began = time.monotonic()
@@ -95,10 +94,11 @@ class Lease(Progress):
         chance: float | None = None,
         classes: int | None = None,
     ) -> None:
-        facts = {"horizon": horizon, "chance": chance, "classes": classes}
-        self.facts = {name: value for name, value in facts.items() if value is not None}
-        self.evaluations = list(evaluations)
-        if not self.claim.note(facts=self.facts, evaluations=rows(evaluations)):
+        told = {"horizon": horizon, "chance": chance, "classes": classes}
+        facts = {name: value for name, value in told.items() if value is not None}
+        news: dict[str, Any] = {} if facts == self.facts else {"facts": facts}
+        self.facts = facts
+        if not self.claim.note(**news, evaluations=rows(evaluations)):
             self._lost.set()
         self.check()
 

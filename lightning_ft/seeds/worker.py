@@ -14,6 +14,9 @@ from lightning_ft.seeds.cells import Cells, Phase, SeedSettings, finished, missi
 from lightning_ft.seeds.job import Job, LeaseLostError, Test, Train, checkpoint_file
 from lightning_ft.seeds.lease import Lease, Watch, name_of_worker
 
+QUEUE = 16
+"""Cells that wait to be claimed: at each look at the study a database reads all that are not finished."""
+
 
 @dataclass(frozen=True)
 class Patience:
@@ -72,9 +75,9 @@ def advance(board: Board, barrier: Barrier, *, tested: bool) -> Cells:
         tested: Whether the chosen run is to be tested.
     """
     cells, settings = board.cells(), board.settings
-    if new := missing(cells, settings):
+    if (new := missing(cells, settings)) and (room := QUEUE - cells.waiting()) > 0:
         # All workers may stand here at once: each puts up one, so that they seldom do the same, and goes on to claim.
-        board.enqueue([random.choice(new)] if cells.attempts else new)
+        board.enqueue([random.choice(new)] if cells.attempts else new[:room])
         return board.cells()
     still = open_runs(cells, settings)
     if settings.rule == "rung" and "ranking" not in cells.decided:

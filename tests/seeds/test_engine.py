@@ -337,12 +337,12 @@ def test_asha_stops_at_rungs_and_finishes_few(tmp_path: Path) -> None:
     assert {run.last.step for run in study.runs if run.last is not None} == {5, HORIZON}
     # The first is always promoted; then only those that are among the best quarter so far.
     expected, seen = [], []
-    for run in range(16):
+    for run in dict.fromkeys(int(line.split()[0]) for line in (tmp_path / "log").read_text().splitlines()):
         seen.append(toy_score(run, run, 5))
         best = sorted(seen, reverse=True)[max(1, len(seen) // 4) - 1]
         if seen[-1] >= best:
             expected.append(run)
-    assert [run.number for run in study.runs if run.state == "finished"] == expected
+    assert [run.number for run in study.runs if run.state == "finished"] == sorted(expected)
     assert study.runs[study.chosen or 0].last.score == max(  # type: ignore[union-attr]
         run.last.score for run in study.runs if run.state == "finished" and run.last is not None
     )
@@ -369,6 +369,6 @@ def test_checkpoints_lie_in_folders_of_attempts(tmp_path: Path) -> None:
         return ToyTrain(tmp_path / "log")(job)
 
     run_all(tmp_path, train, runs=2, keep=1)
-    assert [str(path.relative_to(tmp_path)) for path in seen][:2] == ["runs/000/rung_0", "runs/001/rung_0"]
+    assert {str(path.relative_to(tmp_path)) for path in seen[:2]} == {"runs/000/rung_0", "runs/001/rung_0"}
     assert seen[2].name == "rest_0"
     assert checkpoint_file(seen[2]).exists()
