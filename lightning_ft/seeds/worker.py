@@ -137,8 +137,10 @@ def _carry_out(claim: Claim, train: Train, test: Test | None, out: Path, lease: 
         except LeaseLostError:
             return
         except Exception as error:
-            board.fail(claim.trial, f"{type(error).__name__}: {error}")
-            if not any(trial.state.name in ("COMPLETE", "PRUNED") for trial in board.trials()):
+            told = any(trial.state.name in ("COMPLETE", "PRUNED") for trial in board.trials())
+            # The first error is for whoever started this; when it is mended, the run is begun again.
+            board.fail(claim.trial, f"{type(error).__name__}: {error}" if told else None)
+            if not told:
                 raise
             return
         except BaseException:  # interrupted: another worker need not wait
