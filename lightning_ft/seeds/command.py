@@ -156,7 +156,9 @@ def _parser() -> ArgumentParser:
 def _spelt(argument: str) -> str:
     """Both spellings of an option, --stop-at and --stop_at."""
     name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+    if not name.startswith("--") or " " in name:  # a value may look so, too
+        return argument
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
 
 
 def _watch(load: Callable[[], SeedStudy], console: Any = None) -> None:

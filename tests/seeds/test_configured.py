@@ -20,7 +20,7 @@ from lightning_ft.cli import run
 from lightning_ft.functional.seed_pruning import cost, rung_step
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import SeedSettings
-from lightning_ft.seeds.command import command
+from lightning_ft.seeds.command import _spelt, command
 from lightning_ft.seeds.configured import ConfiguredTest, ConfiguredTrain, check_seeds, configuration
 from lightning_ft.seeds.job import Job
 from lightning_ft.seeds.pool import Assignment, run_study
@@ -177,6 +177,12 @@ def test_the_command(configured: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         command(["--out", "out"])
     assert "--config names the configuration" in capsys.readouterr().err
+
+
+def test_options_have_both_spellings() -> None:
+    given = ["--stop-at=0.3", "--barrier-timeout", "5", "--arguments", "--data.train a-b.jsonl --x-y 1", "--out=a-b"]
+    asked = ["--stop_at=0.3", "--barrier_timeout", "5", "--arguments", "--data.train a-b.jsonl --x-y 1", "--out=a-b"]
+    assert [_spelt(argument) for argument in given] == asked
 
 
 def test_refuses_data_without_a_seed_and_a_metric_that_is_not_logged(configured: Path) -> None:
