@@ -60,6 +60,9 @@ def test_stopped_and_resumed_run_is_the_uninterrupted_one(name: str, at: float, 
     assert first.evaluations == [one for one in judged.evaluations if one[0] <= step]
     assert first.evaluations[-1][0] == step
 
+    saved = torch.load(tmp_path / "stopped" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == step  # nothing is trained twice
+
     torch.manual_seed(99)
     second = pruning(at, decide=go_on)
     trainer = stranger.trainer(callbacks(tmp_path / "stopped", second), **settings)

@@ -44,22 +44,21 @@ class ToyTrain:
         step = state["step"]
         while step < HORIZON:
             job.progress.at(step)
+            if step in rungs:  # a checkpoint of the rung is from before the run was judged there
+                last = evaluations[-1]
+                if job.decide is None or not job.decide(last.score, last.loss, last.step):
+                    break
             time.sleep(self.seconds)
             step += 1
             with self.log.open("a") as file:
                 file.write(f"{job.run} {job.phase} {step}\n")
-            at_rung = step in rungs
-            if at_rung or step % 4 == 0 or step == HORIZON:
+            if step in rungs or step % 4 == 0 or step == HORIZON:
                 score = math.nan if job.run in self.nan else toy_score(job.init, job.order, step)
                 evaluations.append(Evaluation(step, score, 1 - score))
                 job.progress.report(evaluations, horizon=HORIZON)
             with atomic_file(checkpoint_file(job.folder)) as file:
                 rows = [[one.step, one.score, one.loss] for one in evaluations]
                 file.write_text(json.dumps({"step": step, "evaluations": rows}))
-            if at_rung:
-                last = evaluations[-1]
-                if job.decide is None or not job.decide(last.score, last.loss, last.step):
-                    break
         job.progress.at(step)
         return evaluations
 
