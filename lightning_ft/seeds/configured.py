@@ -172,6 +172,8 @@ def facts_of(trainer: Trainer, module: LightningModule, pruning: SeedPruning) ->
 def _chance(module: SequenceClassification, labels: torch.Tensor) -> dict[str, float]:
     """The metrics of a model that always answers the commonest class."""
     metrics = module.val_metrics.clone().cpu()
+    for metric in metrics.values():
+        metric.distributed_available_fn = lambda: False  # rank 0 alone computes it, of all rows
     logits = torch.zeros(len(labels), len(module.labels))
     logits[:, labels.mode().values] = 100.0
     with warnings.catch_warnings():
