@@ -5,11 +5,11 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := $(VENV)/bin
 # What `make test` runs; each of the others has a target of its own.
-QUICK := not slow and not gpu and not kill and not server and not triton
+QUICK := not slow and not gpu and not kill and not server and not triton and not postgres
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: .venv demo test test-kill test-slow wheels test-gpu test-server test-triton test-lowest lint rivals bench clean
+.PHONY: .venv demo test test-kill test-slow wheels test-gpu test-server test-triton test-postgres test-lowest lint rivals bench clean
 
 .venv: $(VENV)/installed
 
@@ -43,6 +43,10 @@ test-gpu: .venv
 
 test-server: .venv
 	$(BIN)/python -m pytest -m server
+
+# A server of Debian's package postgresql, with throw-away data.
+test-postgres: .venv
+	$(BIN)/python -m pytest -m postgres
 
 test-triton: .venv .venv-triton/installed
 	$(BIN)/python -m pytest -m triton

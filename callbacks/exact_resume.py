@@ -66,6 +66,10 @@ class ExactResume(Callback):
         """The checkpoint file that this trainer writes."""
         return (self.dirpath or Path(trainer.default_root_dir) / "checkpoints") / "last.ckpt"
 
+    def save_next(self) -> None:
+        """Save before the next batch that begins between two optimiser steps, whatever ``every`` says."""
+        self._saves = None
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.every.count(training_progress(trainer, 0))  # refuses a fraction of an endless training

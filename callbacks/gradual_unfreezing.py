@@ -238,8 +238,8 @@ class GradualUnfreezing(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The sanity check comes before on_train_start, and trainer.validate() without it: there is no stage then.
-        if self._metric is None or self._freezing is None or self._due:
+        # trainer.validate() comes without on_train_start: there is no stage then.
+        if self._metric is None or self._freezing is None or self._due or trainer.sanity_checking:
             return
         if self._stage < self._freezing.plan.last_stage:
             self._due = self._metric.observe(trainer, pl_module)

@@ -72,6 +72,8 @@ further commands, with --help of their own:
   lightning-ft soup CHECKPOINT ... --out OUT   average fine-tuned checkpoints, all or greedily (--greedy)
   lightning-ft intrinsic_dimension search --config CONFIG --dims 100,1000
                                            the smallest subspace in which training does nearly as well
+  lightning-ft seeds --config CONFIG --runs 20 --stop_at 0.25 --keep 5
+                                           many runs that differ in their seeds: rank early, finish the best
   lightning-ft demo [SENTENCE ...]         fine-tune a small encoder on film reviews, start to end
 """
 

@@ -327,6 +327,13 @@ def intrinsic_dimension(arguments: list[str]) -> None:
     command(arguments)
 
 
+def seeds(arguments: list[str]) -> None:
+    """``lightning-ft seeds``: many runs that differ in their seeds, ranked early; the best are finished."""
+    from lightning_ft.seeds.command import command
+
+    command(arguments)
+
+
 COMMANDS: Mapping[str, Callable[[list[str]], None]] = MappingProxyType(
     {
         "export": partial(_typed, export),
@@ -335,6 +342,7 @@ COMMANDS: Mapping[str, Callable[[list[str]], None]] = MappingProxyType(
         "benchmark": _benchmark,
         "soup": soup,
         "intrinsic_dimension": intrinsic_dimension,
+        "seeds": seeds,
         "demo": demo,
     }
 )

@@ -112,6 +112,8 @@ class TextData(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.bucket = bucket
         self.seed = seed
+        self.split_seed = seed
+        """Of ``val_fraction``: runs that are compared must be judged on the same rows, in whatever order they train."""
         self.num_workers = num_workers
         self.val_fraction = val_fraction
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -187,7 +189,7 @@ class TextData(LightningDataModule):
         """Source rows of a split where ``val_fraction`` divides them, else None for all."""
         if self.val_fraction is None or split not in ("train", "val"):
             return None
-        rows = torch.randperm(len(self.source("train")), generator=torch.Generator().manual_seed(self.seed))
+        rows = torch.randperm(len(self.source("train")), generator=torch.Generator().manual_seed(self.split_seed))
         if (classes := self.strata()) is not None:
             rows = rows[torch.argsort(classes[rows], stable=True)]
         # Every (1 / fraction)-th row: in rows sorted by class that is each class in proportion.
