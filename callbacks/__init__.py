@@ -37,6 +37,7 @@ from lightning_ft.callbacks.precision_check import PrecisionCheck
 from lightning_ft.callbacks.r3f import R3F
 from lightning_ft.callbacks.r_drop import RDrop
 from lightning_ft.callbacks.rec_adam import RecAdam
+from lightning_ft.callbacks.seed_pruning import SeedPruning
 from lightning_ft.callbacks.smart import SMART
 from lightning_ft.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_ft.callbacks.stability_monitor import StabilityMonitor
@@ -46,6 +47,7 @@ from lightning_ft.callbacks.wise_ft import WiSEFT
 from lightning_ft.callbacks.write_predictions import WritePredictions
 
 __all__ = [
+    "SeedPruning",
     "FGM",
     "FreeLB",
     "NEFTune",

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +100,6 @@ def _run(options: Namespace, parser: ArgumentParser, load: Callable[[], SeedStud
 @contextmanager
 def _shown(load: Callable[[], SeedStudy]) -> Iterator[None]:
     """A study that is shown while it runs."""
-    if find_spec("lightning_ft.seeds.watch") is None:
-        yield
-        return
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -162,15 +158,13 @@ def _spelt(argument: str) -> str:
 
 
 def _watch(load: Callable[[], SeedStudy], console: Any = None) -> None:
-    from lightning_ft.seeds.watch import watch  # type: ignore[import-not-found]
+    from lightning_ft.seeds.watch import watch
 
     watch(load, console=console)
 
 
 def _report(study: SeedStudy, out: Path) -> None:
-    if find_spec("lightning_ft.seeds.report") is None:
-        return
-    from lightning_ft.seeds.report import write_report  # type: ignore[import-not-found]
+    from lightning_ft.seeds.report import write_report
 
     print(write_report(study, out))
 

@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lightning_ft.functional.expected_best import expected_best_band
+from lightning_ft.functional.seed_pruning import cost, rung_step
 from lightning_ft.functional.variance_split import variance_split
 from lightning_ft.seeds.record import Evaluation, SeedRun, SeedStudy, State
 
@@ -38,7 +39,7 @@ def summarise(study: SeedStudy) -> dict[str, Any]:
             "mode": study.mode,
             "horizon": study.horizon,
             "stop_at": study.stop_at,
-            "rung": rung_step(study),
+            "rung": rung_step(study.horizon, study.stop_at),
             "keep": study.keep,
             "rule": study.rule,
             "chance": study.chance,
@@ -57,11 +58,6 @@ def summarise(study: SeedStudy) -> dict[str, Any]:
     }
 
 
-def rung_step(study: SeedStudy) -> int:
-    """⌈f T⌉, the optimiser step after which runs are ranked."""
-    return math.ceil(study.stop_at * study.horizon - 1e-9)  # 0.07 * 100 is a little more than 7
-
-
 def _run(study: SeedStudy, run: SeedRun) -> dict[str, Any]:
     last, rung = run.last, _at_rung(study, run)
     done = {name: value for name, value in asdict(run).items() if name not in ("test", "checkpoint", "evaluations")}
@@ -78,7 +74,7 @@ def _run(study: SeedStudy, run: SeedRun) -> dict[str, Any]:
 
 def _at_rung(study: SeedStudy, run: SeedRun) -> Evaluation | None:
     """The evaluation that ranks a run; the last one of a run that did not come as far."""
-    step = rung_step(study)
+    step = rung_step(study.horizon, study.stop_at)
     early = run.last if run.state in ("stopped", "collapsed") else None
     return next((one for one in run.evaluations if one.step >= step), early)
 
@@ -135,7 +131,7 @@ def _expected(study: SeedStudy, runs: Sequence[dict[str, Any]], over: bool) -> l
     ranked = [run for run in drawn if run["rung"] is not None or run["state"] == "collapsed"]
     curves = []
     if study.stop_at < 1:
-        share = rung_step(study) / study.horizon
+        share = rung_step(study.horizon, study.stop_at) / study.horizon
         curves.append(("stopped at the rung", share, [run["rung"] for run in ranked]))
     if over and drawn:
         name = "in full" if all(run["state"] == "finished" for run in drawn) else "as this study ran them"
@@ -162,9 +158,9 @@ def _curve(study: SeedStudy, name: str, share: float, scores: Sequence[float | N
 
 def _cost(study: SeedStudy) -> dict[str, Any]:
     """In units of a full run. What a rule other than the rung costs is not known beforehand."""
-    t, p, f = len(study.runs), min(study.keep, len(study.runs)), rung_step(study) / study.horizon
+    t, p, f = len(study.runs), min(study.keep, len(study.runs)), rung_step(study.horizon, study.stop_at) / study.horizon
     return {
-        "planned": t * f + p * (1 - f) if study.rule == "rung" else None,
+        "planned": cost(t, f, p) if study.rule == "rung" else None,
         "spent": sum(run.steps for run in study.runs) / study.horizon,
         "all": t,
         "steps": sum(run.steps for run in study.runs),
