@@ -125,7 +125,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
     "pgd": partial(PGD, dropout="independent"),
     "neftune": NEFTune,
     "stability-monitor": partial(StabilityMonitor, "2 steps"),
-    "seed-pruning": partial(SeedPruning, 0.5, monitor="val_loss", loss="val_loss", decide=lambda *_: True),
+    "seed-pruning": partial(SeedPruning, "3 steps", monitor="val_loss", loss="val_loss", decide=lambda *_: True),
 }
 NEUTRAL: dict[str, Callable[[], Callback]] = {
     "unfreezing": partial(GradualUnfreezing, "1 steps", start=5),
