@@ -67,7 +67,7 @@ class Method(NamedTuple):
 
 
 def uncorrected(task: str) -> list[Callback]:
-    from lightning_ft.callbacks.bias_correction import BiasCorrection
+    from lightning_ft.callbacks import BiasCorrection
 
     return [BiasCorrection(correct_bias=False)]
 
@@ -91,19 +91,19 @@ def mixout(task: str) -> list[Callback]:
 
 
 def r3f(task: str) -> list[Callback]:
-    from lightning_ft.callbacks.r3f import R3F  # type: ignore[import-not-found, unused-ignore]
+    from lightning_ft.callbacks import R3F
 
     return [R3F(0.7)]
 
 
 def free_lb(task: str) -> list[Callback]:
-    from lightning_ft.callbacks.free_lb import FreeLB  # type: ignore[import-not-found, unused-ignore]
+    from lightning_ft.callbacks import FreeLB
 
     return [FreeLB(0.1, 2, magnitude=0.6) if task == "sst2" else FreeLB(0.03, 3, magnitude=0.0)]
 
 
 def smart(task: str) -> list[Callback]:
-    from lightning_ft.callbacks.smart import SMART  # type: ignore[import-not-found, unused-ignore]
+    from lightning_ft.callbacks import SMART
 
     return [SMART(1.0)]
 
@@ -227,7 +227,7 @@ def run(options: Any, task: str, method: str, seed: int, *, rung: int | None = N
 
 def study(options: Any, task: str, seed: int) -> dict[str, Any]:
     """The chosen run of a study of seeds that takes the steps of a long run."""
-    from lightning_ft.functional.seed_pruning import (  # type: ignore[import-not-found, unused-ignore]
+    from lightning_ft.functional.seed_pruning import (
         Judged,
         best_first,
         budget,
