@@ -40,6 +40,7 @@ def _check(done: subprocess.CompletedProcess[str], file: Path, titles: set[str],
     return content
 
 
+@pytest.mark.slow
 def test_vs_hf_trainer(real_data: Path, tmp_path: Path) -> None:
     done = _run("vs_hf_trainer.py", "--data", str(real_data / "sst2"), "--results", str(tmp_path))
     titles = {
@@ -152,7 +153,8 @@ def test_anchors(real_data: Path, tmp_path: Path) -> None:
     assert [row["contestant"] for row in tables["Two tasks, dev accuracy"]] == ["plain fine-tuning", "EWC"]
 
 
-@pytest.mark.parametrize("head", ["tagging", pytest.param("multiple choice", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["tagging", "multiple choice"])
 def test_heads_vs_hf(head: str, real_data: Path, tmp_path: Path) -> None:
     done = _run("heads_vs_hf.py", "--heads", head, "--results", str(tmp_path))
     name = head.replace(" ", "_")

@@ -26,6 +26,7 @@ def run(data: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
     return content["tables"], done.stdout
 
 
+@pytest.mark.slow
 def test_finished_runs_are_read_again(real_data: Path, tmp_path: Path) -> None:
     options = ("--tasks", "sst2", "--methods", "3 epochs", "long")
     tables, told = run(real_data, tmp_path, *options)
