@@ -61,12 +61,17 @@ def loader(batches: Sequence[Mapping[str, Tensor]]) -> DataLoader[Any]:
 
 
 def trainer(
-    *callbacks: Callback, clip: float | None = None, epochs: int | None = None, steps: int | None = None
+    *callbacks: Callback,
+    clip: float | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    root: Path | None = None,
 ) -> Trainer:
     """Lightning's on the CPU, for one epoch unless it is said, with everything off that is not training."""
     return Trainer(
         max_epochs=1 if epochs is steps is None else epochs,
         max_steps=-1 if steps is None else steps,
+        default_root_dir=root,
         accelerator="cpu",
         callbacks=list(callbacks),
         gradient_clip_val=clip,

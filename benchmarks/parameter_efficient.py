@@ -22,7 +22,6 @@ these.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,23 +29,19 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-import torch
+from _grid import begin, finish
 from _kept import kept
-from _timing import Row, arguments, markdown, needs, publish, start, trainer
+from _timing import Row, trainer
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lightning_ft.core import Layers
-from lightning_ft.core.files import atomic_file
 from lightning_ft.data import ClassificationData
-from lightning_ft.demo import prepare_model
 from lightning_ft.functional.picture import new_figure, save_figure
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TASKS: dict[str, dict[str, Any]] = {
     "trec6": {"text": "text", "batch_size": 32},
     "rte": {"text": "premise", "text_pair": "hypothesis", "batch_size": 16, "max_length": 128},
@@ -154,13 +149,6 @@ def _own(callbacks: list[Callback], trained: float) -> float:
     return trained
 
 
-def tiny(folder: Path, source: Path) -> None:
-    """MiniLM's architecture and words, so narrow that a trial takes no time."""
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    AutoModel.from_config(AutoConfig.from_pretrained(source, **sizes)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-
-
 # ---- tables and picture
 
 Results = dict[str, dict[str, list[dict[str, float]]]]
@@ -205,27 +193,9 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {'/, '.join(TASKS)}/")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs; empty it for new code")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=None)
-    options = start(parser)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    for task in options.tasks:
-        needs(options.data / task / "train.jsonl")
+    options = begin(__doc__, TASKS, METHODS, steps=400, seeds=3)
     options.rows = 64 if options.quick else 10**9
     options.steps, options.seeds = (2, 1) if options.quick else (options.steps, options.seeds)
-    options.model = options.runs / "model"
-    if not (options.model / "config.json").is_file():
-        prepare_model(options.model)
-    if options.quick:
-        source, options.model = options.model, options.runs / "tiny"
-        tiny(options.model, source)
 
     results: Results = {task: {method: [] for method in options.methods} for task in options.tasks}
     for seed in range(options.seeds):
@@ -235,23 +205,9 @@ def main() -> None:
                 one = partial(run, options, task, method, seed)
                 runs.append(kept(options.runs, f"{name}-{options.steps}-{seed}", one))
     draw(results, options.results / "parameter_efficient.png")
-    everything = [one for found in results.values() for runs in found.values() for one in runs]
-    hours = sum(one["seconds"] for one in everything) / 3600
     tables = {f"Dev accuracy, {task}": table(found) for task, found in results.items()}
-    text = "\n".join(f"**{title}**\n\n{markdown(rows)}\n" for title, rows in tables.items())
-    with atomic_file(options.results / "parameter_efficient.md") as path:
-        path.write_text(text, encoding="utf-8")
-    publish(
-        "parameter_efficient",
-        options.results,
-        setting=f"{'A tiny model' if options.quick else 'all-MiniLM-L6-v2'}, {options.steps} steps of 32 rows (RTE: of "
-        f"16), seeds 0 to {options.seeds - 1}; {hours:.1f} hours of training.",
-        tables=tables,
-        seconds={
-            task: {method: [one["seconds"] for one in runs] for method, runs in found.items()}
-            for task, found in results.items()
-        },
-    )
+    setting = f"{options.steps} steps of 32 rows (RTE: of 16)"
+    finish("parameter_efficient", options, tables, results, setting=setting)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ model, counted as they are made.
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,21 +33,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from _grid import begin, finish
 from _kept import kept
-from _timing import Row, arguments, markdown, publish, start
+from _timing import Row, trainer
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
-from parameter_efficient import tiny
 
-from lightning_ft.core.files import atomic_file
 from lightning_ft.data import ClassificationData
-from lightning_ft.demo import prepare_model
 from lightning_ft.functional.picture import new_figure, save_figure
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 TASKS: dict[str, dict[str, Any]] = {"rte": {"text": "premise", "text_pair": "hypothesis"}, "sst2": {}}
 ROWS = {"rte": 500, "sst2": 100}
 BATCH, RATE, EPOCHS, RUNG = 16, 2e-4, 3, 0.25
@@ -190,7 +186,7 @@ def run(options: Any, task: str, method: str, seed: int, *, rung: int | None = N
     )
     told: dict[str, Any] = {}
 
-    def begin(trainer: Trainer, module: LightningModule) -> None:
+    def epsilon(trainer: Trainer, module: LightningModule) -> None:
         for group in trainer.optimizers[0].param_groups:
             group["eps"] = 1e-6 if how.long else 1e-8
 
@@ -201,25 +197,21 @@ def run(options: Any, task: str, method: str, seed: int, *, rung: int | None = N
             told["evaluation"] = passes.forward - before
 
     monitor = StabilityMonitor("5 steps")
-    trainer = Trainer(
-        max_steps=steps_of(options, task, long=how.long),
-        accelerator="cpu",
-        callbacks=[*how.callbacks(task), monitor, LambdaCallback(on_train_start=begin, on_train_batch_end=at_rung)],
-        gradient_clip_val=1.0,
-        default_root_dir=options.runs,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
+    runner = trainer(
+        *how.callbacks(task),
+        monitor,
+        LambdaCallback(on_train_start=epsilon, on_train_batch_end=at_rung),
+        clip=1.0,
+        steps=steps_of(options, task, long=how.long),
+        root=options.runs,
     )
     passes = Passes(module)
     began = time.perf_counter()
-    trainer.fit(module, data)
+    runner.fit(module, data)
     passes.stop()
     told["seconds"] = time.perf_counter() - began
     told["signs"] = {finding.sign: finding.step for finding in monitor.findings}
-    told |= {"steps": trainer.global_step, "forward": passes.forward, "backward": passes.backward}
+    told |= {"steps": runner.global_step, "forward": passes.forward, "backward": passes.backward}
     if rung is not None:
         told["end"] = evaluate(module, choice)
     return {**told, **evaluate(module, data)}
@@ -317,27 +309,8 @@ def draw(results: Results, path: Path) -> None:
 
 
 def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help=f"folder with {'/, '.join(TASKS)}/")
-    parser.add_argument("--runs", type=Path, required=True, help="folder of finished runs; empty it for new code")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, SEEDS], choices=[*METHODS, SEEDS])
-    parser.add_argument("--steps", type=int, default=200, help="of a long run")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=None)
-    options = start(parser)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    for task in options.tasks:
-        if not (options.data / task / "train.jsonl").is_file():
-            raise SystemExit(f"{options.data / task / 'train.jsonl'} does not exist: pass --data FOLDER")
+    options = begin(__doc__, TASKS, [*METHODS, SEEDS], steps=200, seeds=10)
     options.rows, options.seeds = (48, 2) if options.quick else (10**9, options.seeds)
-    options.model = options.runs / "model"
-    if not (options.model / "config.json").is_file():
-        prepare_model(options.model)
-    if options.quick:
-        source, options.model = options.model, options.runs / "tiny"
-        tiny(options.model, source)
 
     results: Results = {task: {method: [] for method in options.methods} for task in options.tasks}
     for seed in range(options.seeds):
@@ -351,22 +324,8 @@ def main() -> None:
                 runs.append(kept(options.runs, name, partial(run, options, task, method, seed)))
     draw(results, options.results / "stability.png")
     tables = {f"Dev accuracy, {task}, {ROWS[task]} rows": table(found) for task, found in results.items()}
-    text = "\n".join(f"**{title}**\n\n{markdown(rows)}\n" for title, rows in tables.items())
-    with atomic_file(options.results / "stability.md") as path:
-        path.write_text(text, encoding="utf-8")
-    hours = sum(one["seconds"] for found in results.values() for runs in found.values() for one in runs) / 3600
-    publish(
-        "stability",
-        options.results,
-        setting=f"{'A tiny model' if options.quick else 'all-MiniLM-L6-v2'}, batches of {BATCH}, learning rate "
-        f"{RATE:g}, {options.steps} steps of a long run, seeds 0 to {options.seeds - 1}; "
-        f"{hours:.1f} hours of training.",
-        tables=tables,
-        seconds={
-            task: {method: [one["seconds"] for one in runs] for method, runs in found.items()}
-            for task, found in results.items()
-        },
-    )
+    setting = f"batches of {BATCH}, learning rate {RATE:g}, {options.steps} steps of a long run"
+    finish("stability", options, tables, results, setting=setting)
 
 
 if __name__ == "__main__":

@@ -55,10 +55,7 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
             "pass makes those of the weights wrong: use FSDP2, that is Trainer(strategy=ModelParallelStrategy()) and "
             "fully_shard in configure_model, or DDP"
         )
-    if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"{name} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one out"
-        )
+    refuse_prefix_cache(trainer, callback)
     if getattr(module, "_compiler_ctx", None) is not None:
         raise ValueError(
             f"{name} calls training_step several times, and torch.compile({type(module).__name__}) has compiled it: "
@@ -76,4 +73,17 @@ def refuse(trainer: Trainer, module: LightningModule, callback: Callback) -> Non
         raise ValueError(
             f"{name} would call what another callback has put in the place of training_step several times: list {name} "
             "before it in callbacks=[...]"
+        )
+
+
+def refuse_prefix_cache(trainer: Trainer, callback: Callback) -> None:
+    """Refuse a cache that answers in the place of the embeddings.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{type(callback).__name__} perturbs the embedded tokens, which FrozenPrefixCache does not compute again: "
+            "leave one of them out"
         )

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ft.callbacks._perturbable import check
+from lightning_ft.callbacks._perturbable import check, refuse_prefix_cache
 from lightning_ft.core.token_inputs import TokenInputs, as_token_inputs
 from lightning_ft.functional.perturbation import even_noise
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, Place
@@ -45,11 +45,7 @@ class NEFTune(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._release()
-        if any(type(other).__name__ == "FrozenPrefixCache" for other in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "NEFTune perturbs the embedded tokens, which FrozenPrefixCache does not compute again: leave one of "
-                "them out"
-            )
+        refuse_prefix_cache(trainer, self)
         if self.alpha:
             self._words = PerturbedEmbeddings(pl_module, self.inputs)
 

@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "parameter_efficient.py"
-
-
-def run(data: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    where = ("--data", str(data), "--runs", str(folder / "runs"), "--results", str(folder))
-    command = [sys.executable, str(SCRIPT), "--quick", *where, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "parameter_efficient.png").read_bytes().startswith(b"\x89PNG")
-    content = json.loads((folder / "parameter_efficient.json").read_text(encoding="utf-8"))
-    assert all(f"**{title}**" in (folder / "parameter_efficient.md").read_text() for title in content["tables"])
-    return content["tables"], done.stdout
+from tests.benchmark_script import run_script
 
 
 @pytest.mark.slow
 def test_finished_runs_are_read_again(real_data: Path, tmp_path: Path) -> None:
     options = ("--tasks", "rte", "--methods", "full")
-    tables, told = run(real_data, tmp_path, *options)
+    tables, told = run_script("parameter_efficient", real_data, tmp_path, *options)
     (row,) = tables["Dev accuracy, rte"]
     assert (row["method"], row["own, %"], row["trained, %"], row["seeds"]) == ("full", 100, 100, 1)
     assert "accuracy': " in told
-    again, told = run(real_data, tmp_path, *options)
+    again, told = run_script("parameter_efficient", real_data, tmp_path, *options)
     assert again == tables
     assert "accuracy': " not in told
 
 
 @pytest.mark.slow
 def test_all_methods(real_data: Path, tmp_path: Path) -> None:
-    tables, _ = run(real_data, tmp_path)
+    tables, _ = run_script("parameter_efficient", real_data, tmp_path)
     assert set(tables) == {"Dev accuracy, trec6", "Dev accuracy, rte"}
     first, second = ({row["method"]: row for row in rows} for rows in tables.values())
     own = {method: row["own, %"] for method, row in first.items()}

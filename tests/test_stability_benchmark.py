@@ -3,45 +3,33 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "stability.py"
+from tests.benchmark_script import BENCHMARKS, run_script
 
-
-def run(data: Path, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
-    where = ("--data", str(data), "--runs", str(folder / "runs"), "--results", str(folder))
-    command = [sys.executable, str(SCRIPT), "--quick", *where, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "stability.png").read_bytes().startswith(b"\x89PNG")
-    content = json.loads((folder / "stability.json").read_text(encoding="utf-8"))
-    assert all(f"**{title}**" in (folder / "stability.md").read_text() for title in content["tables"])
-    return content["tables"], done.stdout
+SCRIPT = BENCHMARKS / "stability.py"
 
 
 @pytest.mark.slow
 def test_finished_runs_are_read_again(real_data: Path, tmp_path: Path) -> None:
     options = ("--tasks", "sst2", "--methods", "3 epochs", "long")
-    tables, told = run(real_data, tmp_path, *options)
+    tables, told = run_script("stability", real_data, tmp_path, *options)
     short, long = tables["Dev accuracy, sst2, 100 rows"]
     assert (short["method"], short["seeds"], short["steps"]) == ("3 epochs", 2, 4)
     assert (long["steps"], long["forward"], long["backward"]) == (8, 8, 8)
     assert "accuracy': " in told
-    again, told = run(real_data, tmp_path, *options)
+    again, told = run_script("stability", real_data, tmp_path, *options)
     assert again == tables
     assert "accuracy': " not in told
 
 
 @pytest.mark.slow
 def test_all_methods(real_data: Path, tmp_path: Path) -> None:
-    tables, _ = run(real_data, tmp_path)
+    tables, _ = run_script("stability", real_data, tmp_path)
     rows = {row["method"]: row for row in tables["Dev accuracy, rte, 500 rows"]}
     passes = {method: (row["forward"] / row["steps"], row["backward"] / row["steps"]) for method, row in rows.items()}
     for plain in ("3 epochs", "3 epochs, uncorrected", "long", "re-init", "mixout"):

@@ -29,17 +29,11 @@ def eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextmanager
 def same_randomness() -> Iterator[None]:
     """Whatever draws random numbers inside, the generators of Python, NumPy and torch are as before afterwards."""
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
-    # Of the device in use only: else torch saves the state of every one.
-    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng([torch.cuda.current_device()] if in_use else []):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            if numpy:
-                numpy.random.set_state(states[1])
+    state = RandomState.now()
+    try:
+        yield
+    finally:
+        state.restore()
 
 
 @dataclass(frozen=True)
@@ -63,15 +57,19 @@ class RandomState:
             torch.cuda.get_rng_state() if in_use else None,
         )
 
+    def restore(self) -> None:
+        """Put them back to where they stood."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+
 
 @contextmanager
 def replay(state: RandomState) -> Iterator[None]:
     """Draw the same random numbers as were drawn from ``state`` on; afterwards go on as if none had been."""
     with same_randomness():
-        random.setstate(state.python)
-        if state.numpy is not None:
-            sys.modules["numpy"].random.set_state(state.numpy)
-        torch.set_rng_state(state.cpu)
-        if state.cuda is not None:
-            torch.cuda.set_rng_state(state.cuda)
+        state.restore()
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import pickle
@@ -25,6 +26,7 @@ from lightning_ft.cli import FineTuningCLI, run
 from lightning_ft.data import TextData
 from lightning_ft.modules import SequenceClassification
 from lightning_ft.seeds.job import Job, LeaseLostError, Progress
+from lightning_ft.seeds.rank import JOB
 from lightning_ft.seeds.record import Evaluation
 
 
@@ -239,12 +241,11 @@ def _ranks(task: Any, job: Job) -> Iterator[None]:
     if "LOCAL_RANK" in os.environ:  # this is such a rank
         yield
         return
-    file = job.folder / "job.pickle"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(pickle.dumps((task, replace(job, progress=Progress()))))
     main = sys.modules["__main__"]
     spec, arguments, environment = getattr(main, "__spec__", None), sys.argv, dict(os.environ)
-    main.__spec__, sys.argv = find_spec("lightning_ft.seeds.rank"), [arguments[0], str(file)]
+    main.__spec__, sys.argv = find_spec("lightning_ft.seeds.rank"), arguments[:1]
+    # They inherit it. In no file: one in a shared folder might be another's, and a pickle runs what it says.
+    os.environ[JOB] = base64.b64encode(pickle.dumps((task, replace(job, progress=Progress())))).decode()
     try:
         yield
     finally:
