@@ -67,23 +67,35 @@ class FastFood:
         padded = vector.new_zeros(self.pieces * self.piece)
         padded[: self.dimension] = vector * signs
         mixed = walsh_hadamard(padded.view(self.pieces, self.piece))
-        copies = self.padded // self.piece
-        shuffled = torch.empty_like(gaussian)
+        read = places if places.device.type == "cpu" else self._reduced(places)
         # Indexing by [] would be three to four times as slow, here and below.
-        shuffled.view(-1).index_copy_(0, places.long(), mixed.unsqueeze(1).expand(-1, copies, -1).reshape(-1))
+        shuffled = mixed.view(-1).index_select(0, read).view_as(gaussian)
         return walsh_hadamard(shuffled.mul_(gaussian).sum(0))[: self.size]
 
     def transpose(self, values: Tensor) -> Tensor:
         """Pᵀ w, shape (dimension,), in the precision of w."""
         signs, places, gaussian = self._draws(values)
         mixed = walsh_hadamard(torch.nn.functional.pad(values, (0, self.padded - self.size)))
-        gathered = (mixed * gaussian).view(-1).index_select(0, places)
-        copies = self.padded // self.piece
-        folded = gathered.view(self.pieces, copies, self.piece).sum(1)
+        folded = self._fold((mixed * gaussian).view(-1), places).view(self.pieces, self.piece)
         return walsh_hadamard(folded).view(-1)[: self.dimension] * signs
 
+    def _reduced(self, places: Tensor) -> Tensor:
+        """Which value of the first transform each value before the second one is: there are copies of the first."""
+        return places if self.pieces > 1 else places & (self.piece - 1)
+
+    def _fold(self, values: Tensor, places: Tensor) -> Tensor:
+        """For each value of the first transform the sum of those that read it."""
+        if places.device.type == "cpu":
+            return values.new_zeros(self.pieces * self.piece).index_add_(0, places, values)
+        return self._ordered(values, places)
+
+    def _ordered(self, values: Tensor, places: Tensor) -> Tensor:
+        """The same on a GPU, which would add them in another order each time: the permutation is turned round."""
+        turned = torch.empty_like(values).index_copy_(0, places.long(), values)
+        return turned.view(self.pieces, -1, self.piece).sum(1).view(-1)
+
     def _draws(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """B, Π (places in all pieces together) and c G, on a device and in a precision."""
+        """B, Π (places in all pieces together; on a CPU reduced) and c G, on a device and in a precision."""
         if like.is_meta:
             shape = self.pieces, self.padded
             places = torch.empty(self.pieces * self.padded, dtype=torch.long, device="meta")
@@ -105,7 +117,8 @@ class FastFood:
             places[i] = permutation(self.padded, random_key(self.seed, 1, i), device) + i * self.padded
             draws = normal(self.padded, random_key(self.seed, 2, i), device)
             gaussian[i] = draws / math.sqrt(self.size * float(draws.square().sum()))
-        return signs, places.view(-1), gaussian
+        places = places.view(-1)
+        return signs, self._reduced(places) if device.type == "cpu" else places, gaussian
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FastFood:
         return self  # nothing of it ever changes

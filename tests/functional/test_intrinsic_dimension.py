@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
+from lightning_ft.core.counter_random import random_key
 from lightning_ft.core.layers import Layers
 from lightning_ft.export.bake import baked
 from lightning_ft.functional.intrinsic_dimension import (
@@ -33,13 +34,13 @@ def dense(projection: FastFood) -> Tensor:
 def test_projection_is_the_product_of_its_dense_factors(dimension: int, size: int) -> None:
     """c H G Π H B with matrices from scipy, each piece of a long vector with its own."""
     projection = FastFood(dimension, size, seed=3)
-    signs, places, gaussian = projection._draws(torch.zeros(0, dtype=torch.double))
+    signs, _, gaussian = projection._draws(torch.zeros(0, dtype=torch.double))
     n, d = projection.padded, projection.piece
     hadamard = torch.tensor(scipy.linalg.hadamard(n), dtype=torch.double)
     expected = torch.zeros(n, projection.pieces * d, dtype=torch.double)
     for i in range(projection.pieces):
         shuffle = torch.zeros(n, n, dtype=torch.double)
-        shuffle[places.view(-1, n)[i].long() - i * n, torch.arange(n)] = 1
+        shuffle[torch.arange(n), permutation(n, random_key(3, 1, i))] = 1
         block = hadamard @ torch.diag(gaussian[i]) @ shuffle @ hadamard
         expected[:, i * d : (i + 1) * d] = block[:, :d]
     torch.testing.assert_close(dense(projection), (expected[:size, :dimension] * signs))
@@ -50,6 +51,18 @@ def test_transpose_is_the_adjoint(dimension: int, size: int) -> None:
     projection = FastFood(dimension, size, seed=3)
     v, w = torch.randn(dimension, dtype=torch.double), torch.randn(size, dtype=torch.double)
     torch.testing.assert_close(projection.project(v) @ w, v @ projection.transpose(w))
+
+
+@pytest.mark.parametrize(("dimension", "size"), SIZES)
+def test_a_gpu_folds_to_the_same_sums(dimension: int, size: int) -> None:
+    """There the permutation is kept whole, as sums are to be taken in one order."""
+    projection = FastFood(dimension, size, seed=3)
+    _, places, gaussian = projection._draws(torch.zeros(0, dtype=torch.double))
+    values = torch.randn(gaussian.numel(), dtype=torch.double)
+    n = projection.padded
+    whole = torch.cat([permutation(n, random_key(3, 1, i)) + i * n for i in range(projection.pieces)])
+    torch.testing.assert_close(projection._ordered(values, whole), projection._fold(values, places))
+    assert torch.equal(projection._reduced(whole), places.long())
 
 
 @pytest.mark.parametrize(("dimension", "size"), [(5, 16), (100, 16), (7, 100), (200, 100)])
@@ -92,13 +105,14 @@ def test_draws_are_these_on_every_machine() -> None:
     projection = FastFood(3, 6, seed=7)
     signs, places, _ = projection._draws(torch.zeros(1))
     assert signs.tolist() == SIGNS
-    assert places.tolist() == PLACES
+    assert permutation(8, random_key(7, 1, 0)).tolist() == PLACES
+    assert places.tolist() == [place % 4 for place in PLACES]
     torch.testing.assert_close(projection.project(torch.tensor([1.0, 2.0, 3.0])), torch.tensor(PROJECTED))
 
 
 SIGNS = [1, 1, -1]
 PLACES = [4, 0, 7, 6, 1, 3, 5, 2]
-PROJECTED = [0.10371709, -1.7348143, -1.2329378, 2.0385172, -0.5355698, 0.5425588]
+PROJECTED = [1.55411065, 0.18844166, -1.28916991, 0.55414021, -2.52370811, -0.01743451]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 1 << 12])
