@@ -79,6 +79,8 @@ def test_a_log_gets_a_line_for_each_change_and_no_more() -> None:
     lines = out.getvalue().splitlines()
     assert lines == [headline(half), headline(over)]
     assert lines[1] == "toy: 120 steps; 4 stopped, 2 finished; best val_accuracy 0.74 (run 4)"
+    low = grid(mode="min")
+    assert headline(low).endswith("best val_accuracy 0.38 (run 1)")
 
 
 @pytest.mark.parametrize("lines", [False, True])
@@ -114,6 +116,9 @@ def test_names_are_no_markup() -> None:
     watch(readings(found), console=console)
     assert "[red]x[/red]" in out.getvalue()
     assert "[/b]" in out.getvalue()
+    lines = Console(file=(written := io.StringIO()))
+    watch(readings(found), console=lines)
+    assert "[red]x[/red]" in written.getvalue()
 
 
 def test_a_file_that_another_process_writes(tmp_path: Path) -> None:
