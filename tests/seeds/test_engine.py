@@ -13,7 +13,7 @@ import pytest
 
 from lightning_ft.functional.seed_pruning import cost
 from lightning_ft.seeds.board import Board
-from lightning_ft.seeds.cells import Cell, SeedSettings
+from lightning_ft.seeds.cells import Cell, Cells, SeedSettings
 from lightning_ft.seeds.job import Job, checkpoint_file
 from lightning_ft.seeds.lease import Lease, LeaseLostError, Watch, name_of_worker
 from lightning_ft.seeds.record import Evaluation, SeedStudy
@@ -166,10 +166,15 @@ def test_each_cell_is_claimed_once_by_many_threads(tmp_path: Path) -> None:
     assert sorted(got) == list(range(30))
 
 
-def test_the_first_decision_counts(tmp_path: Path) -> None:
-    one, other = board(tmp_path), board(tmp_path)
+def test_the_first_decision_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other, late = board(tmp_path), board(tmp_path), board(tmp_path)
     assert one.decide("ranking", {"kept": [1]}) == {"kept": [1]}
     assert other.decide("ranking", {"kept": [2]}) == {"kept": [1]}
+    # One that looked before the first decision was made, and decides after it.
+    looks = [late.cells, lambda: Cells([])]
+    monkeypatch.setattr(late, "cells", lambda: (looks.pop() if len(looks) > 1 else looks[0])())
+    assert late.decide("ranking", {"kept": [3]}) == {"kept": [1]}
+    assert sum(trial.user_attrs.get("decision") == "ranking" for trial in one.trials()) == 2
 
 
 # ---- leases
