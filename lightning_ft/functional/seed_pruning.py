@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 _ROUNDING = 1e-9  # 0.07 * 100 is a little more than 7
@@ -91,18 +92,20 @@ def collapsed(
     run: Judged,
     *,
     chance: float | None = None,
+    constants: Collection[float] = (),
     classes: int | None = None,
     mode: Literal["max", "min"] = "max",
     tolerance: float = 0.01,
 ) -> str | None:
     """Why a run has failed, in words; None for one that has learned something.
 
-    It has failed if the score or the loss is no finite number; if the score is that of answering the commonest class
-    always; or if the loss lies at ln C, that of knowing nothing, while the score is no better than chance.
+    It has failed if the score or the loss is no finite number; if the score is that of answering one class always; or
+    if the loss lies at ln C, that of knowing nothing, while the score is no better than chance.
 
     Args:
         run: Its last evaluation.
         chance: The score of always answering the commonest class, if it is known.
+        constants: Those of always answering one of the others.
         classes: C, if the task has classes.
         mode: Whether a high or a low score is good.
         tolerance: How near the loss must be to ln C, as a fraction of it.
@@ -116,8 +119,10 @@ def collapsed(
     for name, value in {"score": run.score, "loss": run.loss}.items():
         if not math.isfinite(value):
             return f"{name} is {value}"
-    if chance is not None and math.isclose(run.score, chance, rel_tol=1e-5, abs_tol=1e-6):
-        return f"score {run.score:.4g} is that of always answering the commonest class"
+    for constant in constants if chance is None else (chance, *constants):
+        if math.isclose(run.score, constant, rel_tol=1e-5, abs_tol=1e-6):
+            which = "the commonest" if constant == chance else "one"
+            return f"score {run.score:.4g} is that of always answering {which} class"
     if classes is None or classes < 2 or abs(run.loss - math.log(classes)) > tolerance * math.log(classes):
         return None
     if chance is not None and (run.score > chance if mode == "max" else run.score < chance):
@@ -131,6 +136,7 @@ def rank(
     *,
     mode: Literal["max", "min"] = "max",
     chance: float | None = None,
+    constants: Collection[float] = (),
     classes: int | None = None,
 ) -> Ranking:
     """Which runs to finish: the best by score, ties by the lower loss, then by number; failed ones are dropped first.
@@ -140,6 +146,7 @@ def rank(
         keep: How many to finish at most.
         mode: Whether a high or a low score is good.
         chance: See :func:`collapsed`.
+        constants: See :func:`collapsed`.
         classes: See :func:`collapsed`.
 
     Raises:
@@ -152,7 +159,8 @@ def rank(
     """
     if keep < 1:
         raise ValueError(f"keep={keep!r} must be 1 or more: how many runs are finished")
-    reasons = {n: collapsed(run, chance=chance, classes=classes, mode=mode) for n, run in sorted(runs.items())}
+    judge = partial(collapsed, chance=chance, constants=constants, classes=classes, mode=mode)
+    reasons = {n: judge(run) for n, run in sorted(runs.items())}
     healthy = best_first({n: runs[n] for n, reason in reasons.items() if reason is None}, mode)
     failed = {n: reason for n, reason in reasons.items() if reason is not None}
     return Ranking(tuple(healthy[:keep]), tuple(healthy[keep:]), failed)

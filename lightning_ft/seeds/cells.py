@@ -7,11 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from lightning_ft.functional.seed_pruning import Judged, best_first, rank
+from lightning_ft.functional.seed_pruning import Judged, best_first, collapsed, rank
 
 Phase = Literal["rung", "rest", "test"]
 """To the rung (under ASHA: to the end or to where it is stopped); from there to the end; the test data."""
 Fate = Literal["absent", "waiting", "running", "told", "dead", "failed"]
+KNOWN = ("chance", "constants", "classes")
+"""Facts by which :func:`~lightning_ft.functional.seed_pruning.collapsed` tells that a run has failed."""
 ATTEMPTS = 10
 """So often is a run that took its worker down begun again."""
 
@@ -163,7 +165,7 @@ class Cells:
         return Judged(score, loss)
 
     def fact(self, name: str) -> Any:
-        """What a training found out of its data (``"horizon"``, ``"chance"``, ``"classes"``); None before."""
+        """What a training found out of its data (``"horizon"``, or one of :data:`KNOWN`); None before."""
         for attempts in self.attempts.values():
             for trial in attempts:
                 if (found := trial.user_attrs.get("facts", {}).get(name)) is not None:
@@ -208,25 +210,25 @@ def ranking_of(cells: Cells, settings: SeedSettings, late: Collection[int] = ())
         for run in range(settings.runs)
         if run not in late and cells.fate(run, "rung") == "told"
     }
-    ranking = rank(
-        *(runs, settings.keep),
-        mode=settings.mode,
-        chance=cells.fact("chance"),
-        classes=cells.fact("classes"),
-    )
+    ranking = rank(runs, settings.keep, mode=settings.mode, **known(cells))
     # A mapping in JSON has names for keys.
     collapsed = [[run, reason] for run, reason in ranking.collapsed.items()]
     return {"kept": list(ranking.kept), "stopped": list(ranking.stopped), "collapsed": collapsed, "late": sorted(late)}
 
 
+def known(cells: Cells) -> dict[str, Any]:
+    """What is known of runs that have learned nothing."""
+    return {name: fact for name in KNOWN if (fact := cells.fact(name)) is not None}
+
+
 def finished(cells: Cells, settings: SeedSettings) -> list[int]:
-    """Runs that came to their end with a score, the best first."""
+    """Runs that came to their end and did not fail on the way, the best first."""
     phase: Phase = "rest" if settings.rule == "rung" else "rung"
     done = {
         run: judged
         for run in range(settings.runs)
         if cells.fate(run, phase) == "told"
         and "stopped" not in cells.attrs(run, phase)
-        and math.isfinite((judged := cells.last_evaluation(run, phase)).score)
+        and collapsed(judged := cells.last_evaluation(run, phase), mode=settings.mode, **known(cells)) is None
     }
     return list(best_first(done, settings.mode))

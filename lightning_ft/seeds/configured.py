@@ -167,21 +167,25 @@ def facts_of(trainer: Trainer, module: LightningModule, pruning: SeedPruning) ->
     if isinstance(module, SequenceClassification) and module.problem == "single_label" and isinstance(data, TextData):
         rows = data.need("val")
         labels = rows[list(range(len(rows)))]["labels"]
-        facts |= {"classes": len(module.labels), "chance": _chance(module, labels).get(pruning.monitor)}
+        constants = _constants(module, labels, pruning.monitor)
+        facts |= {"classes": len(module.labels), "chance": next(iter(constants), None), "constants": constants[1:]}
     return facts
 
 
-def _chance(module: SequenceClassification, labels: torch.Tensor) -> dict[str, float]:
-    """The metrics of a model that always answers the commonest class."""
-    metrics = module.val_metrics.clone().cpu()
-    for metric in metrics.values():
-        metric.distributed_available_fn = lambda: False  # rank 0 alone computes it, of all rows
-    logits = torch.zeros(len(labels), len(module.labels))
-    logits[:, labels.mode().values] = 100.0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of metrics that have no meaning here
-        module.update_metrics(metrics, logits, {"labels": labels})
-        return {name: float(value) for name, value in metrics.compute().items()}
+def _constants(module: SequenceClassification, labels: torch.Tensor, metric: str, most: int = 10) -> list[float]:
+    """The scores of models that always answer one class: the commonest, the next, ...; none if it is no such metric."""
+    scores = []
+    for chosen in labels.bincount(minlength=1).argsort(descending=True)[:most].tolist():
+        metrics = module.val_metrics.clone().cpu()
+        for one in metrics.values():
+            one.distributed_available_fn = lambda: False  # rank 0 alone computes it, of all rows
+        logits = torch.zeros(len(labels), len(module.labels))
+        logits[:, chosen] = 100.0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of metrics that have no meaning here
+            module.update_metrics(metrics, logits, {"labels": labels})
+            scores += [float(value) for name, value in metrics.compute().items() if name == metric]
+    return scores
 
 
 def evaluations_of(pruning: SeedPruning) -> list[Evaluation]:

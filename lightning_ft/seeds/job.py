@@ -31,6 +31,7 @@ class Progress:
         *,
         horizon: int,
         chance: float | None = None,
+        constants: Sequence[float] = (),
         classes: int | None = None,
     ) -> None:
         """Call at the start and after each evaluation.
@@ -39,6 +40,7 @@ class Progress:
             evaluations: All of the run so far, in order of steps.
             horizon: T, optimiser steps of a full run.
             chance: The score of always answering the commonest class, where it is known.
+            constants: Those of always answering one of the others.
             classes: How many there are, where there are classes.
         """
 

@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_ft.functional.seed_pruning import Judged, collapsed
 from lightning_ft.seeds.asha import goes_on
 from lightning_ft.seeds.board import Board, Claim, rows
+from lightning_ft.seeds.cells import KNOWN
 from lightning_ft.seeds.job import LeaseLostError, Progress
 from lightning_ft.seeds.record import Evaluation
 
@@ -92,9 +93,10 @@ class Lease(Progress):
         *,
         horizon: int,
         chance: float | None = None,
+        constants: Sequence[float] = (),
         classes: int | None = None,
     ) -> None:
-        told = {"horizon": horizon, "chance": chance, "classes": classes}
+        told = {"horizon": horizon, "chance": chance, "constants": list(constants) or None, "classes": classes}
         facts = {name: value for name, value in told.items() if value is not None}
         news: dict[str, Any] = {} if facts == self.facts else {"facts": facts}
         self.facts = facts
@@ -104,8 +106,8 @@ class Lease(Progress):
 
     @override
     def goes_on(self, score: float, loss: float, step: int) -> bool:
-        chance, classes, mode = self.facts.get("chance"), self.facts.get("classes"), self.claim.board.settings.mode
-        reason = collapsed(Judged(score, loss), chance=chance, classes=classes, mode=mode)
+        known = {name: self.facts[name] for name in KNOWN if name in self.facts}
+        reason = collapsed(Judged(score, loss), mode=self.claim.board.settings.mode, **known)
         if reason is None and goes_on(self.claim, score, step, self.facts["horizon"]):
             return True
         self.ending = {"stopped": True} if reason is None else {"stopped": True, "collapsed": reason}

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_ft.functional.seed_pruning import collapsed
 from lightning_ft.seeds.board import Board
-from lightning_ft.seeds.cells import Cells, Phase, SeedSettings, finished
+from lightning_ft.seeds.cells import Cells, Phase, SeedSettings, finished, known
 from lightning_ft.seeds.job import checkpoint_file
 from lightning_ft.seeds.record import Evaluation, SeedRun, SeedStudy, State
 from lightning_ft.seeds.worker import place
@@ -87,7 +88,9 @@ def _state(run: int, phase: Phase, cells: Cells, settings: SeedSettings) -> tupl
         return "failed", _LATE if run in ranking["late"] else _failure(attrs, cells.attempts[run, phase])
     if fate == "told":
         if phase == "rest" or (settings.rule == "asha" and "stopped" not in attrs):
-            return "finished", None
+            last = cells.last_evaluation(run, phase)
+            reason = collapsed(last, mode=settings.mode, **known(cells))
+            return ("finished", None) if reason is None else ("collapsed", f"{reason}, in the end")
         if settings.rule == "rung":
             return ("at rung", None) if ranking is None else ("waiting", None)
         return ("collapsed", attrs["collapsed"]) if "collapsed" in attrs else ("stopped", None)

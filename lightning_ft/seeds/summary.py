@@ -65,11 +65,18 @@ def _run(study: SeedStudy, run: SeedRun) -> dict[str, Any]:
         "number": int(run.number),  # it names classes in a page
         "seconds": _finite(run.seconds),
         "rung": None if rung is None else _finite(rung.score),
-        "end": _finite(last.score) if last is not None and run.state == "finished" else None,
+        "end": _finite(last.score) if last is not None and _ended(study, run) else None,
         "last": None if last is None else _finite(last.score),
         "loss": None if last is None else _finite(last.loss),
         "evaluations": [[one.step, _finite(one.score), _finite(one.loss)] for one in run.evaluations],
     }
+
+
+def _ended(study: SeedStudy, run: SeedRun) -> bool:
+    """Whether it was trained to its end, well or not."""
+    return run.state == "finished" or (
+        run.state == "collapsed" and run.last is not None and run.last.step >= study.horizon
+    )
 
 
 def _at_rung(study: SeedStudy, run: SeedRun) -> Evaluation | None:

@@ -59,13 +59,14 @@ def test_ties_go_to_the_lower_loss_then_to_the_lower_number() -> None:
         (Judged(math.nan, 0.5), "score is nan"),
         (Judged(0.7, math.inf), "loss is inf"),
         (Judged(0.53, 0.4), "score 0.53 is that of always answering the commonest class"),
+        (Judged(0.31, 0.9), "score 0.31 is that of always answering one class"),
         (Judged(0.47, 0.6935), "loss 0.6935 is that of chance, ln 2 = 0.6931"),
         (Judged(0.54, 0.6931), None),  # it beats chance
         (Judged(0.47, 0.72), None),  # bad, and ranked
     ],
 )
 def test_failed_runs_are_told_in_words(run: Judged, reason: str | None) -> None:
-    assert collapsed(run, chance=0.53, classes=2) == reason
+    assert collapsed(run, chance=0.53, constants=(0.31, 0.2), classes=2) == reason
 
 
 def test_chance_is_above_where_low_is_good() -> None:

@@ -77,11 +77,17 @@ def study_of(out: Path, settings: SeedSettings, config: str = "plain.yaml") -> S
     return study_record(board.storage, "seeds", out)
 
 
+def board_facts(out: Path) -> dict[str, Any]:
+    return Board(open_storage(None, out), "seeds").cells().attrs(0, "rung")["facts"]
+
+
 def test_finished_runs_are_those_that_were_never_stopped(configured: Path) -> None:
     study = study_of(configured / "study", SETTINGS)
     step = rung_step(STEPS, 0.3)
     assert study.horizon == STEPS
     assert study.chance == 0.5
+    facts = board_facts(configured / "study")
+    assert facts["constants"] == [0.5]
     for number in study.runs:
         assert number.evaluations[0].step == step
         assert (number.evaluations[-1].step == STEPS) == (number.state == "finished")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lightning_ft.functional.seed_pruning import cost
+from lightning_ft.functional.seed_pruning import cost, rung_step
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import Cell, Cells, SeedSettings
 from lightning_ft.seeds.job import Job, checkpoint_file
@@ -19,6 +19,7 @@ from lightning_ft.seeds.lease import Lease, LeaseLostError, Watch, name_of_worke
 from lightning_ft.seeds.record import Evaluation, SeedStudy
 from lightning_ft.seeds.storage import open_storage
 from lightning_ft.seeds.study import study_record
+from lightning_ft.seeds.summary import summarise
 from lightning_ft.seeds.worker import Patience, work
 from tests.seeds.toy import HORIZON, ToyTest, ToyTrain, toy_score
 
@@ -90,20 +91,51 @@ def test_collapsed_runs_are_dropped_with_the_reason(tmp_path: Path) -> None:
     class Train(ToyTrain):
         def __call__(self, job: Job) -> Any:
             found = list(super().__call__(job))
-            job.progress.report(found, horizon=HORIZON, chance=0.5, classes=2)
+            job.progress.report(found, horizon=HORIZON, chance=0.45, constants=(0.33,), classes=2)
             if job.run == 3:
-                found[-1] = Evaluation(found[-1].step, 0.5, 0.2)
+                found[-1] = Evaluation(found[-1].step, 0.45, 0.2)
             elif job.run == 4:
                 found[-1] = Evaluation(found[-1].step, 0.4, math.log(2))
+            elif job.run == 5:
+                found[-1] = Evaluation(found[-1].step, 0.33, 1.2)
             return found
 
-    study = run_all(tmp_path, Train(tmp_path / "log", nan=(2,)), runs=5, keep=4)
+    study = run_all(tmp_path, Train(tmp_path / "log", nan=(2,)), runs=6, keep=4)
     states = {run.number: (run.state, run.reason) for run in study.runs}
     assert states[2] == ("collapsed", "score is nan")
-    assert states[3] == ("collapsed", "score 0.5 is that of always answering the commonest class")
+    assert states[3] == ("collapsed", "score 0.45 is that of always answering the commonest class")
     assert states[4] == ("collapsed", "loss 0.6931 is that of chance, ln 2 = 0.6931")
+    assert states[5] == ("collapsed", "score 0.33 is that of always answering one class")
     assert {states[0][0], states[1][0]} == {"finished"}
-    assert study.chance == 0.5
+    assert study.chance == 0.45
+
+
+class Forgets(ToyTrain):
+    """Run 1, the best one so far, answers one class alone in the end."""
+
+    def __call__(self, job: Job) -> Any:
+        found = list(super().__call__(job))
+        job.progress.report(found, horizon=HORIZON, chance=0.25, constants=(0.3, 0.2))
+        if job.phase == "rest" and job.run == best(job.settings):
+            found[-1] = Evaluation(HORIZON, 0.2, 0.9)
+        return found
+
+
+def best(settings: SeedSettings) -> int:
+    """The best run at the rung."""
+    step = rung_step(HORIZON, settings.stop_at)
+    return max(range(settings.runs), key=lambda run: toy_score(*settings.seeds(run)[:2], step))
+
+
+def test_a_kept_run_may_collapse_later_and_is_not_chosen(tmp_path: Path) -> None:
+    study = run_all(tmp_path, Forgets(tmp_path / "log"), runs=5, keep=2)
+    first = best(SeedSettings(runs=5, keep=2))
+    run = study.runs[first]
+    assert (run.state, run.reason) == ("collapsed", "score 0.2 is that of always answering one class, in the end")
+    assert study.chosen not in (None, first)
+    assert study.runs[study.chosen or 0].state == "finished"
+    told = {one["number"]: one for one in summarise(study)["runs"]}
+    assert (told[first]["end"], told[first]["steps"]) == (0.2, HORIZON)
 
 
 def test_where_all_collapse_none_is_chosen(tmp_path: Path) -> None:
