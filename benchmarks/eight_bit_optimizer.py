@@ -2,9 +2,8 @@
 
 MiniLM on TREC-6. The same module, rows, order, head and dropout for a seed; the callback EightBitOptimizer puts
 bitsandbytes' AdamW8bit in the place of the module's AdamW, with its groups and its schedule. Embeddings keep states of
-32 bits, as does any tensor below 4,096 values. Accuracy is that on the dev set after the last
-step. The third contestant is AdamW again with another order of sums (one thread), which says what mere rounding does to
-a run.
+32 bits, as does any tensor below 4,096 values. Accuracy is that on the dev set after the last step. The third
+contestant is AdamW again with another order of sums (one thread), which says what mere rounding does to a run.
 """
 
 from __future__ import annotations

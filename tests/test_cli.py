@@ -205,6 +205,8 @@ def test_configuration_names_the_model_once_and_labels_come_from_the_data(projec
     (run / "predictions.jsonl").unlink()
     lightning_ft(project, "predict", "--config", "config.yaml", "--ckpt_path", "last")
     assert [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()] == predictions
+    output = lightning_ft(project, "test", "--config", "config.yaml", "--ckpt_path", "last")
+    assert "test_accuracy" in output
     (project / "model").rename(project / "model.away")
     checkpoint = str(run / "checkpoints" / "last.ckpt")
     output = lightning_ft(project, "export", checkpoint, "served", "--to", "onnx", "--max_length", "32")

@@ -224,11 +224,12 @@ def known(cells: Cells) -> dict[str, Any]:
 def finished(cells: Cells, settings: SeedSettings) -> list[int]:
     """Runs that came to their end and did not fail on the way, the best first."""
     phase: Phase = "rest" if settings.rule == "rung" else "rung"
+    facts = known(cells)
     done = {
         run: judged
         for run in range(settings.runs)
         if cells.fate(run, phase) == "told"
         and "stopped" not in cells.attrs(run, phase)
-        and collapsed(judged := cells.last_evaluation(run, phase), mode=settings.mode, **known(cells)) is None
+        and collapsed(judged := cells.last_evaluation(run, phase), mode=settings.mode, **facts) is None
     }
     return list(best_first(done, settings.mode))

@@ -12,6 +12,7 @@ JOB = "LIGHTNING_FT_SEEDS_JOB"
 
 def main() -> None:
     """Do the job beside rank 0, which alone speaks to the study."""
+    # A pickle, as multiprocessing sends: of this process's own parent, from no file and no network.
     task, job = pickle.loads(base64.b64decode(os.environ[JOB]))
     task(job)
 

@@ -111,7 +111,7 @@ def test_collapsed_runs_are_dropped_with_the_reason(tmp_path: Path) -> None:
 
 
 class Forgets(ToyTrain):
-    """Run 1, the best one so far, answers one class alone in the end."""
+    """The run that is best at the rung answers one class alone in the end."""
 
     def __call__(self, job: Job) -> Any:
         found = list(super().__call__(job))
