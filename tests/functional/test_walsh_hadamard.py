@@ -49,3 +49,10 @@ def test_gradient_is_exact_to_the_second_order() -> None:
 def test_refuses_what_is_no_power_of_two(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="its last dimension must be a power of two"):
         walsh_hadamard(torch.zeros(shape))
+
+
+def test_a_large_one_in_pieces_is_made_of_two_smaller_ones() -> None:
+    first, second = (torch.randint(-8, 8, (1 << 21,)).float() for _ in range(2))
+    added, taken = walsh_hadamard(first), walsh_hadamard(second)
+    whole = walsh_hadamard(torch.cat([first, second]))
+    assert torch.equal(whole, torch.cat([added + taken, added - taken]))
