@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from _timing import Row, arguments, markdown, needs, publish, start
+from _timing import DATA, Row, arguments, markdown, needs, publish, start
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lightning_ft.core.files import atomic_file
 from lightning_ft.demo import prepare_model
-
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def begin(doc: str | None, tasks: Iterable[str], methods: Iterable[str], *, steps: int, seeds: int) -> Any:
@@ -57,12 +54,8 @@ def finish(
     *,
     setting: str,
 ) -> None:
-    """Write the tables as Markdown and JSON, with the time that each run took."""
-    seconds = {
-        task: {method: [one["seconds"] for one in runs] for method, runs in found.items()}
-        for task, found in results.items()
-    }
-    hours = sum(time for found in seconds.values() for times in found.values() for time in times) / 3600
+    """Write the tables as Markdown and JSON, with what each run came to."""
+    hours = sum(one["seconds"] for found in results.values() for runs in found.values() for one in runs) / 3600
     with atomic_file(options.results / f"{name}.md") as path:
         text = "\n".join(f"**{title}**\n\n{markdown(rows)}\n" for title, rows in tables.items())
         path.write_text(text, encoding="utf-8")
@@ -72,5 +65,5 @@ def finish(
         setting=f"{'A tiny model' if options.quick else 'all-MiniLM-L6-v2'}, {setting}, seeds 0 to "
         f"{options.seeds - 1}; {hours:.1f} hours of training.",
         tables=tables,
-        seconds=seconds,
+        runs=results,
     )
