@@ -32,6 +32,8 @@ from lightning_ft.core.files import atomic_file
 from lightning_ft.modules import Architecture, SequenceClassification
 
 THREADS = 2
+SHARED = Path(__file__).parents[2] / "shared"
+DATA = Path(os.environ.get("LIGHTNING_FT_DATA", SHARED / "data"))
 Row = dict[str, Any]
 Seconds = Mapping[str, Sequence[float]]
 

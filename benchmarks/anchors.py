@@ -35,7 +35,21 @@ from typing import Any, NamedTuple
 import torch
 from _passes import Batch, Pass, inside_fit, random_batches, step_hooks
 from _rivals import AVALANCHE, answers, begin, find_rival, rival_option, tell
-from _timing import Clock, Row, Seconds, arguments, compare, fit, interleave, loader, needs, publish, repeat, start
+from _timing import (
+    DATA,
+    Clock,
+    Row,
+    Seconds,
+    arguments,
+    compare,
+    fit,
+    interleave,
+    loader,
+    needs,
+    publish,
+    repeat,
+    start,
+)
 from _timing import trainer as lightning_trainer
 from _two_tasks import two_tasks
 from datasets import Dataset
@@ -51,7 +65,6 @@ from lightning_ft.demo import prepare_model
 from lightning_ft.functional.fisher import as_measured, fisher_diagonal
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTS = ("added", "step", "fisher", "memory", "tasks")
 PLAIN, AUTOGRAD = "without", "by autograd, α/2 Σ(θ - θ⁰)² in the loss"
 EXACT, BACKWARD, LOOP = "exact", "plain backward", "exact, batches of one"

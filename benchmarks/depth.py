@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from _rivals import FTS, answers, begin, find_rival, rival_option, tell
-from _timing import Row, arguments, compare, machine, needs, publish, save, start
+from _timing import DATA, Row, arguments, compare, machine, needs, publish, save, start
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -51,7 +50,6 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.modules import Architecture, SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 FULL, OURS, CACHED = "full fine-tuning", "GradualUnfreezing", "GradualUnfreezing + FrozenPrefixCache"
 CONTESTANTS = (FULL, FTS, OURS, CACHED)
 TASKS = ("sst2", "trec6")

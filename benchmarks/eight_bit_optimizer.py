@@ -8,7 +8,6 @@ contestant is AdamW again with another order of sums (one thread), which says wh
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, needs, publish, start, trainer
+from _timing import DATA, Row, arguments, needs, publish, start, trainer
 from lightning import seed_everything
 from torch import nn
 
@@ -26,7 +25,6 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 METHODS = ("AdamW", "AdamW8bit", "AdamW, other sums")
 
 

@@ -14,14 +14,13 @@ four of WikiText-2's validation texts, in chunks of 128 tokens.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from _smollm2 import WHEEL, smollm2
-from _timing import THREADS, Row, arguments, publish, start
+from _timing import DATA, THREADS, Row, arguments, publish, start
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Trainer
@@ -35,7 +34,6 @@ from lightning_ft.export.parity import open_graph
 from lightning_ft.export.reading.graph import SLOW_FUSIONS
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OURS = {"fp32": "fp32", "int8": "int8", "8-bit weights": "int8-weights", "4-bit weights": "int4"}
 SHAPES = ((1, 32), (1, 128), (8, 128), (32, 64))
 

@@ -14,7 +14,6 @@ Accuracy is that on the dev set after the last step: no step is chosen by it.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +23,7 @@ from typing import Any
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, needs, publish, start, trainer
+from _timing import DATA, Row, arguments, needs, publish, start, trainer
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback
@@ -34,7 +33,6 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 METHODS: dict[str, Callable[[], list[Callback]]] = {
     "plain": list,
     "LayerReinit": lambda: [LayerReinit(1)],

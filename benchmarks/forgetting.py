@@ -17,7 +17,6 @@ plain fine-tuning forgets that a method keeps: 1 - forgotten / forgotten by plai
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _kept import kept
-from _timing import Row, arguments, needs, publish, start, trainer
+from _timing import DATA, Row, arguments, needs, publish, start, trainer
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch import Callback
@@ -41,7 +40,6 @@ from lightning_ft.demo import prepare_model
 from lightning_ft.functional import fisher_diagonal
 from lightning_ft.modules import SequenceClassification
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 OLD, NEW = "trec6", "banking77"
 VARIANTS = ("exact", "sampled", "empirical")
 WISE = "WiSE-FT"

@@ -10,14 +10,13 @@ Not timed: tokenising, evaluation, saving, logging. A step includes collating, a
 
 from __future__ import annotations
 
-import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from _timing import Clock, Row, arguments, compare, interleave, needs, publish, start
+from _timing import DATA, Clock, Row, arguments, compare, interleave, needs, publish, start
 from datasets import Dataset
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -27,8 +26,6 @@ from lightning_ft.data import ClassificationData
 from lightning_ft.demo import prepare_model
 from lightning_ft.modules import SequenceClassification
 
-SHARED = Path(__file__).parents[2] / "shared"
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", SHARED / "data"))
 PHASES = {"head only": ["tail", "head"], "top block and head": ["top:1", "tail", "head"]}
 TARGETS = {"head only": 1 / 20, "top block and head": 1 / 2}
 Seconds = dict[str, list[float]]

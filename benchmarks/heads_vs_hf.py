@@ -17,7 +17,6 @@ characters, so that an epoch takes a minute.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any
 
 import torch
 from _hf import CLIP, WARMUP, Batch, rival, rival_on_batches
-from _timing import Row, arguments, compare, fit, interleave, loader, publish, start, trainer
+from _timing import DATA, Row, arguments, compare, fit, interleave, loader, publish, start, trainer
 from datasets import Dataset
 from lightning import seed_everything
 from lightning.pytorch.callbacks import LambdaCallback
@@ -67,7 +66,6 @@ from lightning_ft.modules import (
 
 OURS, THEIRS = "lightning_ft", "HF Trainer"
 TOLERANCE = 1e-5
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @dataclass(frozen=True)

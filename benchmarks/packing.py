@@ -12,14 +12,13 @@ nothing.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 import torch
-from _timing import Row, arguments, compare, fit, interleave, loader, needs, publish, start
+from _timing import DATA, SHARED, Row, arguments, compare, fit, interleave, loader, needs, publish, start
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig
 
@@ -27,8 +26,6 @@ from lightning_ft.data.instructions import InstructionData
 from lightning_ft.modules import Architecture
 from lightning_ft.modules.causal_lm import CausalLM
 
-SHARED = Path(__file__).parents[2] / "shared"
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", SHARED / "data"))
 PACKED, BUCKETED, RANDOM = "packed", "similar lengths", "random"
 
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from _kept import kept
 from _smollm2 import WHEEL, smollm2
-from _timing import Row, arguments, needs, publish, start
+from _timing import DATA, Row, arguments, needs, publish, start
 from lightning import seed_everything
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -41,7 +41,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from lightning_ft.data import InstructionData
 from lightning_ft.modules import CausalLM
 
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 METHODS = ("full", "LoRA", "QLoRA")
 RATES = {"full": 5e-5, "LoRA": 5e-4, "QLoRA": 5e-4}
 PROMPT = "Give three tips for staying healthy."

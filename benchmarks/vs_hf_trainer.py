@@ -17,7 +17,6 @@ Not timed: tokenisation, evaluation, saving, logging. Nothing is said about accu
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +29,7 @@ from typing import NamedTuple
 import torch
 from _hf import CLIP, WARMUP, Batch, LossKeeper, rival, rival_on_batches
 from _timing import (
+    DATA,
     Clock,
     Row,
     Seconds,
@@ -54,7 +54,6 @@ from lightning_ft.modules import SequenceClassification
 OURS, THEIRS, GROUPED = "lightning_ft", "HF Trainer", "HF Trainer by length"
 STRATEGIES = {THEIRS: "random", GROUPED: "group_by_length"}
 LENGTH, SEED, TOLERANCE = 128, 0, 1e-5
-DATA = Path(os.environ.get("LIGHTNING_FT_DATA", Path(__file__).parents[2] / "shared" / "data")) / "sst2"
 
 
 class Size(NamedTuple):
@@ -160,7 +159,7 @@ def padding(batches: Iterable[Batch]) -> float:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of SST-2, with train.jsonl")
+    parser.add_argument("--data", type=Path, default=DATA / "sst2", help="folder of SST-2, with train.jsonl")
     parser.add_argument("--rows", type=int, default=2000, help="rows of a timed epoch")
     options = start(parser)
     file = options.data / "train.jsonl"
