@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -200,8 +201,14 @@ def table(task: str, found: dict[str, list[dict[str, float]]]) -> list[Row]:
     return rows
 
 
-def draw(results: Results, path: Path) -> None:
-    """A panel for each task: accuracy over the share on a logarithmic axis."""
+def commonest(options: Any, task: str) -> float:
+    """Accuracy of always answering the dev set's commonest label."""
+    labels = Dataset.from_json(str(options.data / task / "dev.jsonl"))["label"]
+    return max(Counter(labels).values()) / len(labels)
+
+
+def draw(results: Results, chance: dict[str, float], path: Path) -> None:
+    """A panel for each task: accuracy over the share on a logarithmic axis, the commonest label as a line."""
     figure = new_figure(path, 5 * len(results) + 2, 4.2)
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for panel, (task, found) in zip(panels, results.items(), strict=True):
@@ -212,7 +219,8 @@ def draw(results: Results, path: Path) -> None:
         panel.xaxis.set_major_formatter("{x:g}")
         panel.set_xlabel("a task's own values, % of the pretrained ones")
         panel.set_ylabel("dev accuracy, %")
-        panel.set_title(task)
+        panel.axhline(100 * chance[task], color="#888888", linestyle="--", linewidth=1)
+        panel.set_title(f"{task} (dashed: the commonest label)", fontsize="medium")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     save_figure(figure, path)
 
@@ -232,9 +240,12 @@ def main() -> None:
                 name = f"{task}-{words}-{rate_of(task, method):g}-{steps_of(options, task, method)}"
                 one = partial(run, options, task, method, seed)
                 runs.append(kept(options.runs, f"{name}-{seed}", one))
-    draw(results, options.results / "parameter_efficient.png")
+    chance = {task: commonest(options, task) for task in options.tasks}
+    draw(results, chance, options.results / "parameter_efficient.png")
     tables = {f"Dev accuracy, {task}": table(task, found) for task, found in results.items()}
-    setting = f"{options.steps} steps of 32 rows (RTE: {steps_of(options, 'rte', 'full')} of 16)"
+    always = ", ".join(f"{task} {share:.3f}" for task, share in chance.items())
+    rte = steps_of(options, "rte", "full")
+    setting = f"{options.steps} steps of 32 rows (RTE: {rte} of 16), commonest label: {always}"
     finish("parameter_efficient", options, tables, results, setting=setting)
 
 
