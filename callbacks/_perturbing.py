@@ -155,21 +155,25 @@ class _Run:
         self._repeats = False
 
     def automatic(self) -> Any:
-        outputs: list[Any] = []
+        beside: dict[str, Any] | None = None
 
         def first(wanted: Pass) -> Seen:
+            nonlocal beside
             with self._owner.listening(record=True):
-                outputs.append(self._first())
-            return self._seen(_loss_of(outputs[0]))
+                output = self._first()
+            if output is None:
+                raise _SkippedError
+            loss = _loss_of(output)
+            # Not the loss itself, with its graph: the method may be done with that before the next pass.
+            beside = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else None
+            return self._seen(loss)
 
         try:
             total, terms = complete(self._method, first, self._again)
-        except _NoLossError:
-            if outputs[0] is None:  # a step that skips its batch
-                return None
-            raise
+        except _SkippedError:
+            return None
         self._owner.log(terms)
-        return {**outputs[0], "loss": total} if isinstance(outputs[0], Mapping) else total
+        return total if beside is None else {**beside, "loss": total}
 
     def manual(self) -> Any:
         self._state = RandomState.now() if next(self._method).same_masks else None
@@ -250,14 +254,14 @@ class _Done(BaseException):
         return self._loss
 
 
-class _NoLossError(ValueError):
-    pass
+class _SkippedError(Exception):
+    """The step has skipped its batch."""
 
 
 def _loss_of(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise _NoLossError(
+        raise ValueError(
             f"training_step returned a {type(output).__name__}: perturbation methods need a loss, or a mapping with "
             '"loss", of each pass over a batch'
         )

@@ -20,11 +20,12 @@ class FreeLB(Callback):
     dropout masks.
 
     While the fit runs ``training_step`` is stood in for: it runs K times on a batch, after the first time without
-    logging (what it logs is the loss at δ₀), and returns the mean of its losses. The authors run K backward passes and
-    let gradients add up; here the ascent takes ∂L/∂δ alone, and the mean is differentiated once, which is the same
-    gradient and is exact under accumulation, fp16, clipping and DDP. It holds K graphs at a time: the memory of a batch
-    K times as large (ActivationCheckpointing gives most of it back). In manual optimisation the first loss that is
-    given to ``manual_backward`` is replaced.
+    logging (what it logs is the loss at δ₀), and returns the mean of its losses. As the authors do, each pass is
+    differentiated once, for δ and the weights together, before the next one runs: K forward and K backward passes, the
+    memory of one, and a second set of gradients. Those of the weights are handed on when the mean is differentiated, in
+    the one backward pass that accumulation, clipping and DDP see. Where gradients are better not taken ahead of time
+    (fp16, FSDP2, weights with hooks on their gradient) all K graphs are kept, and K − 1 backward passes more go as far
+    as δ. In manual optimisation the first loss that is given to ``manual_backward`` is replaced.
 
     Logs ``adversarial_loss`` (of the last pass) where the trainer has a logger.
 

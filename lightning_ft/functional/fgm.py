@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_ft.functional.climbed_losses import ClimbedLosses
 from lightning_ft.functional.passes import Method, Pass
 from lightning_ft.functional.perturbation import direction, gradient_of, project
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, Place
@@ -58,21 +59,19 @@ def pgd(
     """
     shared = dropout == "shared"
     words.begin(_nowhere)
-    clean = yield Pass(same_masks=shared)
-    loss, keep = clean.scalar, True
+    seen = yield Pass(same_masks=shared)
+    clean = ClimbedLosses(words)
     for k in range(steps):
-        deltas = words.deltas
         # The clean pass is part of the loss; those in between serve the ascent alone.
-        gradients = gradient_of(loss, deltas, scale=_SCALE, keep=keep)
+        gradients = gradient_of(seen.scalar, words.deltas, scale=_SCALE) if k else clean.add(seen)
         moved = [
             project(d.detach() + step_size * direction(g * place.mask), epsilon)
-            for d, g, place in zip(deltas, gradients, words.places, strict=True)
+            for d, g, place in zip(words.deltas, gradients, words.places, strict=True)
         ]
         words.again([d.requires_grad_(k + 1 < steps) for d in moved])
         seen = yield Pass(same_masks=shared)
-        loss, keep = seen.scalar, False
     words.end()
-    return clean.scalar + weight * loss, {"adversarial_loss": loss}
+    return clean.total() + weight * seen.scalar, {"adversarial_loss": seen.scalar}
 
 
 def _nowhere(place: Place) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_ft.functional.climbed_losses import ClimbedLosses
 from lightning_ft.functional.passes import Method, Pass
-from lightning_ft.functional.perturbation import direction, even_noise, gradient_of, project
+from lightning_ft.functional.perturbation import direction, even_noise, project
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, Place
-
-# A power of two, which changes no bit where nothing under- or overflows.
-_SCALE = 2.0**10
 
 
 def free_lb(
@@ -47,16 +45,15 @@ def free_lb(
 
     words.begin(start)
     seen = yield Pass(same_masks=True)
-    losses = [seen.scalar]
+    climbed = ClimbedLosses(words)
     for _ in range(steps - 1):
-        deltas, places = words.deltas, words.places
-        gradients = gradient_of(losses[-1], deltas, scale=_SCALE, keep=True)
+        gradients = climbed.add(seen)
         moved = [
-            (d.detach() + step_size * direction(g * place.mask))
-            for d, g, place in zip(deltas, gradients, places, strict=True)
+            d.detach() + step_size * direction(g * place.mask)
+            for d, g, place in zip(words.deltas, gradients, words.places, strict=True)
         ]
         words.again([(project(d, max_norm) if max_norm else d).requires_grad_() for d in moved])
         seen = yield Pass(same_masks=True)
-        losses.append(seen.scalar)
     words.end()
-    return torch.stack(losses).mean(), {"adversarial_loss": losses[-1]}
+    last = seen.scalar
+    return (climbed.total() + last) / steps if steps > 1 else last, {"adversarial_loss": last}

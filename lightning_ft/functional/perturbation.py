@@ -187,9 +187,19 @@ def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 1.0, k
     Raises:
         ValueError: The model computes its activations again, in the form of checkpointing that this cannot pass.
     """
+    found = differentiate(loss * scale, deltas, keep=keep)
+    return [torch.zeros_like(d) if g is None else g.float() for g, d in zip(found, deltas, strict=True)]
+
+
+def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
+    """``torch.autograd.grad``; None where the loss does not depend on a leaf.
+
+    Raises:
+        ValueError: See :func:`gradient_of`.
+    """
     try:
         with torch.autocast(loss.device.type, enabled=False):
-            found = torch.autograd.grad(loss * scale, deltas, retain_graph=keep, allow_unused=True)
+            return list(torch.autograd.grad(loss, leaves, retain_graph=keep, allow_unused=True))
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -197,4 +207,3 @@ def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 1.0, k
             "re-entrant gradient checkpointing gives no gradient to a perturbation: enable it with "
             '{"use_reentrant": False}, or use the callback ActivationCheckpointing'
         ) from error
-    return [torch.zeros_like(d) if g is None else g.float() for g, d in zip(found, deltas, strict=True)]

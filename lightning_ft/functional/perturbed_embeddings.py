@@ -82,10 +82,20 @@ class PerturbedEmbeddings:
         self._detach = False
         self._active = False
         self._transposed = False
+        self._module = module
         hook = Hook(self._shift)
         self._handles: list[RemovableHandle] = [
             child.register_forward_hook(hook, with_kwargs=True) for child in embeddings.modules
         ]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shards weights of the module."""
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return False
+        from torch.distributed.fsdp import FSDPModule
+
+        return any(isinstance(module, FSDPModule) for module in self._module.modules())
 
     def begin(self, make: Make | None = None, *, detach: bool = False) -> None:
         """Perturb what runs from now on.

@@ -14,6 +14,7 @@ from lightning_ft.callbacks.pgd import PGD
 from lightning_ft.callbacks.r3f import R3F
 from lightning_ft.callbacks.r_drop import RDrop
 from lightning_ft.callbacks.smart import SMART
+from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings
 from tests.ddp_worker import Module
 from tests.ranks import RANKS
 from tests.sharded_worker import HeadFirst, fsdp2, fsdp2_whole, lightnings_fsdp1, model_parallel
@@ -31,20 +32,27 @@ SHARDED = ("r3f", "free-lb", "pgd")
 
 
 class Whole(Callback):
-    """The whole weights at the end."""
+    """The whole weights at the end, and whether the model is seen to be sharded."""
 
     def __init__(self) -> None:
         self.weights: list[torch.Tensor] = []
+        self.sharded = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        words = PerturbedEmbeddings(pl_module)
+        self.sharded = words.sharded
+        words.remove()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         whole = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in pl_module.parameters())
         self.weights = [p.detach().clone() for p in whole]
 
 
-def train(name: str, module: Any, **options: Any) -> list[torch.Tensor]:
+def train(name: str, module: Any, *, sharded: bool = False, **options: Any) -> list[torch.Tensor]:
     whole = Whole()
     quiet = {"limit_val_batches": 0, "use_distributed_sampler": False, "max_epochs": 1}
     FILTERED.fit(METHODS[name](), whole, module=module, **quiet, **options)
+    assert whole.sharded == sharded
     return whole.weights
 
 
@@ -65,7 +73,9 @@ def run() -> dict[str, Any]:
     strategy = DDPStrategy(process_group_backend="gloo")
     results["free-lb/accumulated"] = train("free-lb", Module(), strategy=strategy, accumulate_grad_batches=2, **both)
     for name in SHARDED:
-        results[f"{name}/fsdp2"] = train(name, HeadFirst(fsdp2), strategy=model_parallel(), **both)
-    results["free-lb/fsdp2-whole"] = train("free-lb", HeadFirst(fsdp2_whole), strategy=model_parallel(), **both)
+        results[f"{name}/fsdp2"] = train(name, HeadFirst(fsdp2), sharded=True, strategy=model_parallel(), **both)
+    results["free-lb/fsdp2-whole"] = train(
+        "free-lb", HeadFirst(fsdp2_whole), sharded=True, strategy=model_parallel(), **both
+    )
     results["fsdp1"] = refused("free-lb")
     return results
