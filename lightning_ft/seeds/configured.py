@@ -88,6 +88,7 @@ class ConfiguredTrain:
                 logged = built.trainer.callback_metrics
                 values = float(logged[settings.metric]), float(logged[settings.loss])
                 pruning.evaluations.append((built.trainer.global_step, *values))
+            job.progress.at(built.trainer.global_step)  # a training that had ended says nothing by itself
         return evaluations_of(pruning)
 
     def _line(self) -> tuple[str, ...]:

@@ -35,9 +35,10 @@ class Lease(Progress):
         self.facts: dict[str, Any] = {}
         self.ending: dict[str, Any] = {}
         """Of a run that ASHA stopped."""
+        self._begun_at: int | None = None
         self._step: int | None = None
         self._beats = 0
-        self._began = time.monotonic()
+        self._since = time.monotonic()
         self._lost = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
@@ -70,16 +71,23 @@ class Lease(Progress):
 
     def _beat(self) -> bool:
         self._beats += 1
-        return self.claim.note(beat=[self._beats, self._step, time.monotonic() - self._began])
+        return self.claim.note(beat=[self._beats, self._step, time.monotonic() - self._since])
 
     # ---- what the training says
 
     @override
     def at(self, step: int) -> None:
-        if self._step is None and not self.claim.note(begun_at=step):
-            self._lost.set()
+        if self._begun_at is None:
+            self._begun_at = step
+            if not self.claim.note(begun_at=step):
+                self._lost.set()
         self._step = step
         self.check()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the training said where it is, and nothing was left for it to do."""
+        return self._begun_at is not None and self._begun_at == self._step
 
     def check(self) -> None:
         """Stop a training whose cell another worker has."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lightning_ft.core.files import atomic_file, atomic_folder
 from lightning_ft.seeds.board import Board, Claim
 from lightning_ft.seeds.cells import Cells, Phase, SeedSettings, finished, missing, open_runs, ranking_of, wanted
 from lightning_ft.seeds.job import Job, LeaseLostError, Test, Train, checkpoint_file
@@ -131,9 +132,14 @@ def _carry_out(claim: Claim, train: Train, test: Test | None, out: Path, lease: 
                 assert test is not None
                 claim.tell_score(test(job))
                 return
-            evaluations = train(job)
+            try:
+                evaluations = train(job)
+            finally:
+                held.stop()
             if not evaluations:
                 raise ValueError("the training returned no evaluation: there is nothing to rank it by")
+            if held.idle:
+                _inherit(job)
         except LeaseLostError:
             return
         except Exception as error:
@@ -146,9 +152,20 @@ def _carry_out(claim: Claim, train: Train, test: Test | None, out: Path, lease: 
         except BaseException:  # interrupted: another worker need not wait
             board.fail(claim.trial)
             raise
-        finally:
-            held.stop()
         claim.tell(evaluations, held.facts, **held.ending)
+
+
+def _inherit(job: Job) -> None:
+    """What a training without a step of its own began from is what it ends with; earlier attempts are tidied away."""
+    file = checkpoint_file(job.folder)
+    if job.checkpoint is None or file.exists():
+        return
+    if job.checkpoint.is_dir():  # a sharded one
+        with atomic_folder(file) as folder:
+            shutil.copytree(job.checkpoint, folder, dirs_exist_ok=True)
+    else:
+        with atomic_file(file) as path:
+            shutil.copyfile(job.checkpoint, path)
 
 
 def job_of(board: Board, claim: Claim, out: Path, progress: Lease) -> Job:
@@ -187,9 +204,12 @@ def tidy(out: Path, cells: Cells, settings: SeedSettings) -> None:
         lost = run not in ranking["kept"] if ranking is not None else "stopped" in cells.attrs(run, "rung")
         if not (lost or told):
             continue
-        kept = None if lost else place(out, run, told[0], len(cells.attempts[run, told[0]]) - 1)
         if not lost and told[0] == "rung" and ranking is not None:
             continue  # it trains just now, or will: from whichever checkpoint is the latest
-        for folder in (out / "runs" / f"{run:03d}").glob("*/checkpoints"):
-            if folder.parent != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+        kept = None if lost else (told[0], len(cells.attempts[run, told[0]]) - 1)
+        phases: tuple[Phase, ...] = ("rung", "rest")
+        for phase in phases:
+            # Not whatever lies there: others may have begun what these cells do not know of.
+            for attempt in range(len(cells.attempts.get((run, phase), []))):
+                if (phase, attempt) != kept:
+                    shutil.rmtree(place(out, run, phase, attempt) / "checkpoints", ignore_errors=True)

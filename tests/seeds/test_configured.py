@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,36 @@ def test_finished_runs_are_those_that_were_never_stopped(configured: Path) -> No
     assert [one.number for one in study.runs if one.test is not None] == [study.chosen]
     # Logs and configurations stay; of checkpoints there are those of the finished runs.
     assert len(list((configured / "study" / "runs").glob("**/*.ckpt"))) == 2
+
+
+class DiesSilent(ConfiguredTrain):
+    """Each phase of each run ends, and its worker with it, before that is told."""
+
+    def __call__(self, job: Job) -> Any:
+        evaluations = super().__call__(job)
+        if job.folder.name.endswith("_0"):
+            raise SystemExit
+        return evaluations
+
+
+def test_a_run_whose_worker_died_before_it_could_say_so_is_not_lost(configured: Path) -> None:
+    out, settings = configured / "study", replace(SETTINGS, runs=2, keep=1)
+    board = Board(open_storage(None, out), "seeds", settings)
+    deaths = 0
+    while True:
+        try:
+            work(board, DiesSilent("plain.yaml"), out, test=ConfiguredTest("plain.yaml"), patience=Patience(poll=0.05))
+        except SystemExit:
+            deaths += 1
+            continue
+        break
+    assert deaths == 3
+    study = study_record(board.storage, "seeds", out)
+    chosen = study.runs[study.chosen or 0]
+    assert chosen.test is not None
+    assert chosen.checkpoint is not None
+    same(Path(chosen.checkpoint), plain_fit("plain.yaml", configured / "plain", chosen.number))
+    assert sum(one.steps for one in study.runs) == STEPS + rung_step(STEPS, 0.3)
 
 
 class Peek(ConfiguredTrain):

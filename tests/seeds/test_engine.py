@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -20,7 +21,7 @@ from lightning_ft.seeds.record import Evaluation, SeedStudy
 from lightning_ft.seeds.storage import open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.summary import summarise
-from lightning_ft.seeds.worker import Patience, work
+from lightning_ft.seeds.worker import Patience, _carry_out, tidy, work
 from tests.seeds.toy import HORIZON, ToyTest, ToyTrain, toy_score
 
 QUICK = Patience(lease=60, poll=0.01)
@@ -287,6 +288,65 @@ def test_a_run_goes_on_from_the_checkpoint_of_the_attempt_that_died(tmp_path: Pa
     assert [one.step for one in study.runs[2].evaluations] == [4, 5, 8, 12, 16, 20]
 
 
+@pytest.mark.parametrize("phase", ["rung", "rest"])
+def test_a_run_whose_worker_died_before_it_could_say_so_keeps_its_checkpoint(tmp_path: Path, phase: str) -> None:
+    dead: set[int] = set()
+
+    def train(job: Job) -> Any:
+        evaluations = ToyTrain(tmp_path / "log")(job)
+        if job.phase == phase and job.run not in dead:
+            dead.add(job.run)
+            raise SystemExit
+        return evaluations
+
+    while True:
+        try:
+            study = run_all(tmp_path, train, ToyTest(tmp_path / "log"))
+        except SystemExit:
+            continue
+        break
+    finished = [run for run in study.runs if run.state == "finished"]
+    assert {run.number for run in finished} <= dead
+    for run in finished:
+        assert run.checkpoint is not None
+        assert json.loads(Path(run.checkpoint).read_text())["step"] == HORIZON
+        assert steps(tmp_path)[str(run.number)] == HORIZON + (run.number == study.chosen)
+    assert [run.test for run in study.runs if run.test is not None] == [1000.0 + (study.chosen or 0)]
+
+
+def inherited(tmp_path: Path, *steps: int) -> Path:
+    """The checkpoint of a training that says where it is, and saves nothing, from one that is a folder."""
+    before = tmp_path / "before" / "last.ckpt"
+    before.mkdir(parents=True)
+    (before / "rank_0").write_text("a piece")
+    shared = board(tmp_path)
+    shared.enqueue([Cell(0, "rung")])
+
+    def train(job: Job) -> Any:
+        for step in steps:
+            job.progress.at(step)
+        return [Evaluation(5, 0.5, 0.5)]
+
+    claim = shared.claim("me")
+    assert claim is not None
+    own = tmp_path / "own"
+
+    def job_of(board: Board, claim: Any, out: Path, progress: Lease) -> Job:
+        return Job(0, "rung", 0, 0, 0, board.settings, own, before, progress)
+
+    with mock.patch("lightning_ft.seeds.worker.job_of", job_of):
+        _carry_out(claim, train, None, tmp_path, 60)
+    return checkpoint_file(own)
+
+
+def test_a_sharded_checkpoint_is_taken_over_whole(tmp_path: Path) -> None:
+    assert (inherited(tmp_path, 5, 5) / "rank_0").read_text() == "a piece"
+
+
+def test_an_old_checkpoint_never_passes_for_that_of_a_training_that_went_on(tmp_path: Path) -> None:
+    assert not inherited(tmp_path, 3, 4, 5).exists()
+
+
 def test_a_run_that_always_takes_its_worker_down_is_given_up(tmp_path: Path) -> None:
     def train(job: Job) -> Any:
         if job.run == 1:
@@ -397,6 +457,21 @@ def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
         journal.write('{"op_code": 8, "worker')
     assert board(tmp_path).claim("me") is not None
     assert all(json.loads(line) for line in (tmp_path / "study.journal").read_text().splitlines())
+
+
+def test_what_began_since_a_look_at_the_study_is_not_tidied_away(tmp_path: Path) -> None:
+    shared = board(tmp_path, runs=1, keep=1)
+    shared.enqueue([Cell(0, "rung")])
+    claim = shared.claim("me")
+    assert claim is not None
+    assert claim.tell([Evaluation(5, 0.5, 0.5)], {})
+    before = shared.cells()
+    for attempt in ("rung_0", "rest_0"):
+        file = checkpoint_file(tmp_path / "runs" / "000" / attempt)
+        file.parent.mkdir(parents=True)
+        file.touch()
+    tidy(tmp_path, before, shared.settings)
+    assert file.exists()
 
 
 def test_checkpoints_lie_in_folders_of_attempts(tmp_path: Path) -> None:

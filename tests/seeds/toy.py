@@ -71,6 +71,7 @@ class ToyTest:
 
     def __call__(self, job: Job) -> float:
         assert job.checkpoint is not None
+        assert json.loads(job.checkpoint.read_text())["step"] == HORIZON
         with self.log.open("a") as file:
             file.write(f"{job.run} test 0\n")
         return 1000.0 + job.run
