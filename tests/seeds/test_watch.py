@@ -139,6 +139,8 @@ def test_ctrl_c_in_a_terminal_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
     unfinished(grid()).save(path)
     code = (
+        # A shell starts what it runs in the background with this signal ignored.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "import sys; from pathlib import Path; from lightning_ft.seeds.record import SeedStudy;"
         "from lightning_ft.seeds.watch import watch;"
         "found = watch(lambda: SeedStudy.load(Path(sys.argv[1])), every=0.05); print('left', found.name)"
@@ -153,7 +155,10 @@ def test_ctrl_c_in_a_terminal_of_its_own(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert "1 running" in process.stdout.readline()
     process.send_signal(2)
-    out, err = process.communicate(timeout=120)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert (process.returncode, out.strip(), err) == (0, "left toy", "")
 
 
