@@ -55,13 +55,19 @@ class ClimbedLosses:
             return gradient_of(loss, deltas, scale=_SCALE, keep=True)
         # Kept, since passes may share a part (weights that are computed once); it goes when nothing refers to it.
         found = differentiate(loss, [*deltas, *leaves], keep=True)
-        for leaf, gradient in zip(leaves, found[len(deltas) :], strict=True):
-            if gradient is not None:
-                before = self._gradients.get(leaf)
-                self._gradients[leaf] = gradient if before is None else before + gradient
         seen.loss = loss.detach()
         self._losses.append(seen.loss)
+        del loss
+        given = zip(leaves, found[len(deltas) :], strict=True)
+        self._take({leaf: gradient for leaf, gradient in given if gradient is not None})
         return [torch.zeros_like(d) if g is None else g.float() for d, g in zip(deltas, found, strict=False)]
+
+    def _take(self, gradients: dict[Tensor, Tensor]) -> None:
+        if both := [leaf for leaf in gradients if leaf in self._gradients]:
+            # Not in place: autograd may have given one tensor to two leaves.
+            sums = torch._foreach_add([self._gradients[leaf] for leaf in both], [gradients[leaf] for leaf in both])
+            gradients.update(zip(both, sums, strict=True))
+        self._gradients |= gradients
 
     def total(self) -> Tensor:
         """The sum of what was added, to be differentiated once."""
@@ -92,9 +98,10 @@ def leaves_of(loss: Tensor, *, without: Sequence[Tensor] = ()) -> list[Tensor]:
         if node is None or node in met:
             continue
         met.add(node)
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor) and all(leaf is not other for other in without):
-            leaves.append(leaf)
+        if node.name() == "torch::autograd::AccumulateGrad":
+            leaf: Tensor = node.variable  # type: ignore[attr-defined]
+            if all(leaf is not other for other in without):
+                leaves.append(leaf)
         left.extend(following for following, _ in node.next_functions)
     return leaves
 

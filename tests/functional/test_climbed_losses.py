@@ -175,6 +175,18 @@ def test_a_sparse_gradient_stays_sparse() -> None:
     assert_same(found, step(Own(bert(), batch()), FREE_LB()))
 
 
+def test_two_weights_may_be_given_one_tensor() -> None:
+    def doubled(hooked: bool) -> Any:
+        net = bert()
+        net.one, net.other = (nn.Parameter(torch.zeros(4, 2)) for _ in range(2))
+        net.classifier.register_forward_hook(lambda module, inputs, output: output + net.one + net.other)
+        if hooked:
+            kept(net)
+        return net
+
+    assert_same(step(Own(doubled(False), batch()), FREE_LB()), step(Own(doubled(True), batch()), FREE_LB()))
+
+
 def test_a_weight_that_no_pass_uses_has_no_gradient() -> None:
     net = bert()
     net.spare = nn.Linear(2, 2)
