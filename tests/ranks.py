@@ -1,18 +1,20 @@
-"""Run a function in two processes that form a DDP group: ``python -m tests.ranks RANK PORT OUT MODULE:FUNCTION``."""
+"""Run a function in two processes that form a DDP group."""
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import signal
 import socket
-import subprocess
-import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.warm import start
 
 RANKS = 2
 
@@ -37,42 +39,38 @@ def run_ranks(function: str, folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def _attempt(function: str, folder: Path) -> tuple[list[int], str]:
+def _attempt(function: str, folder: Path) -> tuple[list[int | None], str]:
     """Exit codes, and the end of each rank's output: one that lost its peer would else hide why the peer died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    logs = [folder / f"{rank}.log" for rank in range(RANKS)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", str(rank), str(port), str(folder), function],
-            cwd=Path(__file__).parents[1],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(RANKS)
+        start(main, rank, port, folder, function, cwd=Path(__file__).parents[1], environment=environment, log=log)
+        for rank, log in enumerate(logs)
     ]
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        until = time.monotonic() + 300
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
     finally:
         for process in processes:
             process.kill()
-    codes = [process.returncode for process in processes]
-    ends = zip(codes, outputs, strict=True)
+            process.join()
+    codes = [process.exitcode for process in processes]
+    ends = zip(codes, (log.read_text(errors="replace") for log in logs), strict=True)
     return codes, "\n".join(f"rank {rank}, exit {code}:\n{text[-4000:]}" for rank, (code, text) in enumerate(ends))
 
 
-def main(rank: str, port: str, out: str, function: str) -> None:
-    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
-    os.environ.update(settings, LOCAL_RANK=rank, RANK=rank, HF_HUB_OFFLINE="1")
+def main(rank: int, port: int, out: Path, function: str) -> None:
+    """What each process does."""
+    faulthandler.enable()
+    settings = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "WORLD_SIZE": str(RANKS)}
+    os.environ.update(settings, LOCAL_RANK=str(rank), RANK=str(rank), HF_HUB_OFFLINE="1")
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     torch.set_num_threads(1)
     module, name = function.split(":")
-    torch.save(getattr(importlib.import_module(module), name)(), Path(out) / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.save(getattr(importlib.import_module(module), name)(), out / f"{rank}.pt")

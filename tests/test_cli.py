@@ -8,9 +8,11 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -22,6 +24,7 @@ from lightning_ft.cli import FineTuningCLI, checkpoint_labels, last_checkpoint, 
 from lightning_ft.demo import CONFIG
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
 from lightning_ft.plan import _first
+from tests.warm import start
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
 
@@ -79,23 +82,20 @@ def environment(project: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(project / "cache")}
 
 
-def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
-    """``lightning-ft`` in the project's folder, one thread."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lightning_ft", *arguments],
-        cwd=project,
-        env={**environment(project), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def lightning_ft(project: Path, *arguments: str, code: int = 0) -> str:
-    process = start(project, *arguments)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
+    """What the command prints, in the project's folder and a process of its own."""
+    log = project.with_name(f"{project.name}.log")
+    process = start(command, arguments, cwd=project, environment=environment(project), log=log)
+    process.join(300)
+    output = log.read_text()
+    assert process.exitcode == code, output
     return output
+
+
+def command(arguments: Sequence[str]) -> None:
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])  # read where this process was forked
+    sys.argv, sys.path = ["lightning-ft", *arguments], [os.getcwd(), *sys.path]  # as `python -m` does
+    cli.main()
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from lightning_ft.seeds.storage import close_storage, open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience
 from tests.seeds.toy import ToyTest, ToyTrain
+from tests.warm import CONTEXT
 
 
 class Killer(threading.Thread):
@@ -70,12 +70,9 @@ def killed_study(out: Path, url: str | None, runs: int, *, every: float) -> tupl
     train, test = ToyTrain(out / "log", seconds=0.02), ToyTest(out / "log")
     patience = Patience(lease=10, poll=0.1)
     killer = Killer(out / "log", every)
-    # Nothing here trains, and a process of which torch is a part already begins at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_ft.seeds.pool", "optuna.storages", "tests.seeds.toy"])
     killer.start()
     try:
-        with mock.patch("lightning_ft.seeds.pool.CONTEXT", context):
+        with mock.patch("lightning_ft.seeds.pool.CONTEXT", CONTEXT):
             run_study(Assignment("toys", settings, train, out, url, test, patience), workers=4)
     finally:
         killer.over.set()
