@@ -7,14 +7,13 @@ import importlib
 import os
 import signal
 import socket
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.warm import start
+from tests.warm import ended, start
 
 RANKS = 2
 
@@ -50,15 +49,7 @@ def _attempt(function: str, folder: Path) -> tuple[list[int | None], str]:
         start(main, rank, port, folder, function, cwd=Path(__file__).parents[1], environment=environment, log=log)
         for rank, log in enumerate(logs)
     ]
-    try:
-        until = time.monotonic() + 300
-        for process in processes:
-            process.join(max(0.0, until - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    codes = [process.exitcode for process in processes]
+    codes = ended(*processes)
     ends = zip(codes, (log.read_text(errors="replace") for log in logs), strict=True)
     return codes, "\n".join(f"rank {rank}, exit {code}:\n{text[-4000:]}" for rank, (code, text) in enumerate(ends))
 

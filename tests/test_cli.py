@@ -24,7 +24,7 @@ from lightning_ft.cli import FineTuningCLI, checkpoint_labels, last_checkpoint, 
 from lightning_ft.demo import CONFIG
 from lightning_ft.functional.learning_rates import slanted_triangular, warmup_then
 from lightning_ft.plan import _first
-from tests.warm import start
+from tests.warm import ended, start
 
 WORDS = ["good", "bad", "fine", "poor", "film", "plot", "the", "a", "very", "not"]
 
@@ -85,10 +85,9 @@ def environment(project: Path) -> dict[str, str]:
 def lightning_ft(project: Path, *arguments: str, code: int = 0) -> str:
     """What the command prints, in the project's folder and a process of its own."""
     log = project.with_name(f"{project.name}.log")
-    process = start(command, arguments, cwd=project, environment=environment(project), log=log)
-    process.join(300)
+    found = ended(start(command, arguments, cwd=project, environment=environment(project), log=log))
     output = log.read_text()
-    assert process.exitcode == code, output
+    assert found == [code], output
     return output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,6 +42,19 @@ def start(
     process: BaseProcess = CONTEXT.Process(target=_begin, args=(cwd, dict(environment), log, function, *arguments))  # type: ignore[attr-defined]
     process.start()
     return process
+
+
+def ended(*processes: BaseProcess, seconds: float = 300) -> list[int | None]:
+    """Exit codes. What has not ended in time is killed."""
+    until = time.monotonic() + seconds
+    try:
+        for process in processes:
+            process.join(max(0.0, until - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
 
 
 def _begin(cwd: Path, environment: dict[str, str], log: Path, function: Callable[..., Any], *arguments: Any) -> None:

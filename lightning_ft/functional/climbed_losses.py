@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 
 from lightning_ft.functional.passes import Seen
-from lightning_ft.functional.perturbation import differentiate, gradient_of
+from lightning_ft.functional.perturbation import differentiate, gradient_of, or_zeros
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings
 
 # A power of two, which changes no bit where nothing under- or overflows.
@@ -60,7 +60,7 @@ class ClimbedLosses:
         del loss
         given = zip(leaves, found[len(deltas) :], strict=True)
         self._take({leaf: gradient for leaf, gradient in given if gradient is not None})
-        return [torch.zeros_like(d) if g is None else g.float() for d, g in zip(deltas, found, strict=False)]
+        return or_zeros(found[: len(deltas)], deltas)
 
     def _take(self, gradients: dict[Tensor, Tensor]) -> None:
         if both := [leaf for leaf in gradients if leaf in self._gradients]:

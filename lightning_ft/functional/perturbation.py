@@ -187,8 +187,12 @@ def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 1.0, k
     Raises:
         ValueError: The model computes its activations again, in the form of checkpointing that this cannot pass.
     """
-    found = differentiate(loss * scale, deltas, keep=keep)
-    return [torch.zeros_like(d) if g is None else g.float() for g, d in zip(found, deltas, strict=True)]
+    return or_zeros(differentiate(loss * scale, deltas, keep=keep), deltas)
+
+
+def or_zeros(gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in fp32, 0 where there is none."""
+    return [torch.zeros_like(leaf) if g is None else g.float() for g, leaf in zip(gradients, leaves, strict=True)]
 
 
 def differentiate(loss: Tensor, leaves: Sequence[Tensor], *, keep: bool = False) -> list[Tensor | None]:
