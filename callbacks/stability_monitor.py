@@ -28,7 +28,7 @@ from lightning_ft.core.report import Report
 from lightning_ft.core.schedule import Duration
 from lightning_ft.functional.gradient_norms import group_squares, joined
 from lightning_ft.functional.plot_stability import plot_stability
-from lightning_ft.functional.stability import Finding, LabelCounts, StabilityRecord, Step, own_loss
+from lightning_ft.functional.stability import Finding, LabelCounts, StabilityRecord, Step, by_row, own_loss
 
 _Waiting = tuple[int, Tensor | None, Tensor | None, Tensor | None]
 """Of a batch its step, and what is kept on the device: loss, labels, predictions."""
@@ -48,10 +48,11 @@ class StabilityMonitor(Callback):
     vanish. Logs ``stability/grad_norm/<group>`` to the trainer's loggers. When the fit ends, or breaks off, a table is
     told and the norms are drawn with the signs marked, where matplotlib is installed (extra ``plot``).
 
-    Chance is the loss of the best constant prediction: the entropy of the labels so far (ln C if classes are even), or
-    for regression their variance. It is known where the labels are found and the loss is the cross-entropy or squared
-    error of what the head's last linear layer gives; else ``chance_loss`` says it (ln C for weighted classes), or the
-    signs that need it stay silent. The loss is what ``training_step`` returns.
+    Chance is the loss of the best constant prediction: the entropy of the labels so far (ln C if classes are even; of
+    the numbers of right choices, where a head scores several for each row), or for regression their variance. It is
+    known where the labels are found and the loss is the cross-entropy or squared error of what the head's last linear
+    layer gives; else ``chance_loss`` says it (ln C for weighted classes), or the signs that need it stay silent. The
+    loss is what ``training_step`` returns.
 
     Under DDP rank 0 judges, by its own batches and the gradients of all, and the others stop with it. A resumed run
     goes on with the windows and the table of the interrupted one.
@@ -174,7 +175,8 @@ class StabilityMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss, labels, logits = _loss(trainer, outputs), self._labels(batch), self._logits
+        loss, labels = _loss(trainer, outputs), self._labels(batch)
+        logits = None if self._logits is None else by_row(self._logits, labels)
         predicted = logits.argmax(-1) if logits is not None and logits.shape[-1] > 1 else None
         self._waiting.append((self._step, loss, labels, predicted))
         if self._squares is None:

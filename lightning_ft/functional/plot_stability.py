@@ -35,14 +35,19 @@ def plot_stability(record: StabilityRecord, path: str | os.PathLike[str], *, tit
         if not all(map(math.isnan, shown)):
             style = {"color": "#bb5533", "linewidth": 2} if name == "head" else {"color": colours(i)}
             axes.plot(record.steps, shown, label=name, marker="." if len(shown) < 40 else None, **style)
+    if axes.lines:
+        axes.set_yscale("log")
+        figure.legend(loc="outside right center", fontsize="small")
+    else:
+        # A logarithmic axis has no place for them.
+        axes.text(0.5, 0.5, "all norms are 0, or not finite", transform=axes.transAxes, ha="center")
+        axes.set_xlim(0, 1.05 * record.steps[-1])
+        axes.set_yticks([])
     for step in sorted({finding.step for finding in record.findings}):
         signs = ", ".join(finding.sign for finding in record.findings if finding.step == step)
         axes.axvline(step, color="#cc0000", linestyle="--", linewidth=1)
         axes.annotate(signs, (step, 0.99), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
-    if axes.lines:
-        axes.set_yscale("log")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("‖gradient‖, before clipping")
     figure.suptitle(title)
-    figure.legend(loc="outside right center", fontsize="small")
     save_figure(figure, path)

@@ -330,6 +330,27 @@ def _entropy(shares: Sequence[float]) -> float:
     return -math.fsum(share * math.log(share) for share in shares if share > 0)
 
 
+def by_row(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Scores of several choices for each row, side by side; other logits as they are.
+
+    Args:
+        logits: ``(batch · choices, 1)``, the choices of a row one after another; or any others.
+        labels: Numbers of the right choices, ``(batch,)`` of integers; or any others.
+
+    Returns:
+        ``(batch, choices)``, or the logits.
+
+    Example:
+        >>> import torch
+        >>> by_row(torch.arange(6.0)[:, None], torch.tensor([0, 2])).tolist()
+        [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    """
+    if labels is None or labels.ndim != 1 or not len(labels) or labels.is_floating_point() or logits.shape[-1] != 1:
+        return logits
+    choices, rest = divmod(len(logits), len(labels))
+    return logits if rest or choices < 2 else logits.view(len(labels), choices)
+
+
 @torch.no_grad()
 def own_loss(logits: Tensor, labels: Tensor) -> Tensor | None:
     """What standard losses make of logits and labels; None where none fits. Does not wait for the device.

@@ -24,7 +24,8 @@ from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.seed_pruning import SeedPruning
 from lightning_ft.cli import FineTuningCLI, run
 from lightning_ft.data import TextData
-from lightning_ft.modules import SequenceClassification
+from lightning_ft.data.multiple_choice import ChoiceRows
+from lightning_ft.modules import MultipleChoice, SequenceClassification
 from lightning_ft.seeds.job import Job, LeaseLostError, Progress
 from lightning_ft.seeds.rank import JOB
 from lightning_ft.seeds.record import Evaluation
@@ -165,22 +166,28 @@ def facts_of(trainer: Trainer, module: LightningModule, pruning: SeedPruning) ->
         raise ValueError("a study needs a training with an end: set trainer.max_epochs, or trainer.max_steps")
     facts: dict[str, Any] = {"horizon": int(pruning.horizon)}
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(module, SequenceClassification) and module.problem == "single_label" and isinstance(data, TextData):
-        rows = data.need("val")
-        labels = rows[list(range(len(rows)))]["labels"]
-        constants = _constants(module, labels, pruning.monitor)
-        facts |= {"classes": len(module.labels), "chance": next(iter(constants), None), "constants": constants[1:]}
-    return facts
+    rows = data.need("val") if isinstance(data, TextData) else None
+    if isinstance(module, SequenceClassification) and module.problem == "single_label" and rows is not None:
+        classes = len(module.labels)
+    elif isinstance(module, MultipleChoice) and isinstance(rows, ChoiceRows):
+        classes = rows.count
+    else:
+        return facts
+    constants = _constants(module, rows[list(range(len(rows)))]["labels"], classes, pruning.monitor)
+    return facts | {"classes": classes, "chance": next(iter(constants), None), "constants": constants[1:]}
 
 
-def _constants(module: SequenceClassification, labels: torch.Tensor, metric: str, most: int = 10) -> list[float]:
-    """The scores of models that always answer one class: the commonest, the next, ...; none if it is no such metric."""
+def _constants(
+    module: SequenceClassification | MultipleChoice, labels: torch.Tensor, classes: int, metric: str, most: int = 10
+) -> list[float]:
+    """The scores of models that always answer one class, or choice: the commonest, the next, ...; none if it is no such
+    metric."""
     scores = []
     for chosen in labels.bincount(minlength=1).argsort(descending=True)[:most].tolist():
         metrics = module.val_metrics.clone().cpu()
         for one in metrics.values():
             one.distributed_available_fn = lambda: False  # rank 0 alone computes it, of all rows
-        logits = torch.zeros(len(labels), len(module.labels))
+        logits = torch.zeros(len(labels), classes)
         logits[:, chosen] = 100.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metrics that have no meaning here

@@ -64,6 +64,26 @@ class Mapped(Filtered):
         return F.cross_entropy(self(batch["tokens"]), batch["labels"], weight=self.weight)
 
 
+class Chooses(Filtered):
+    """Gives each of two choices a score: whether a text's first token is even, or odd."""
+
+    sees = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = torch.nn.Linear(self.classifier.in_features, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        choices = torch.stack([torch.cat([torch.full_like(tokens[:, :1], k), tokens], 1) for k in (0, 1)], 1)
+        return self.classifier(self.sees * self.encoder(choices.flatten(0, 1)).mean(1)).view(-1, 2)
+
+
+class ChoosesBlindly(Chooses):
+    """Sees nothing of texts and choices."""
+
+    sees = 0
+
+
 class Norms(Callback):
     """The norms of all groups at each step, one parameter at a time."""
 
@@ -137,6 +157,16 @@ def test_a_head_that_learns_nothing_is_told_in_words() -> None:
     assert sum("StabilityMonitor" in str(warning.message) for warning in told) == 2
     assert "constant predictions: since step" in str(monitor.report())
     assert all(0.5 * 120 <= finding.step <= 80 for finding in monitor.findings)
+
+
+@pytest.mark.filterwarnings("ignore:StabilityMonitor")
+@pytest.mark.parametrize("kind", [Chooses, ChoosesBlindly])
+def test_chance_is_known_of_a_head_that_scores_choices(kind: type[Chooses]) -> None:
+    Stranger("chooses", kind).fit(monitor := StabilityMonitor("5 steps", labels=1), max_epochs=20)
+    assert monitor._agrees
+    assert {finding.sign for finding in monitor.findings} == (
+        {"at chance", "constant predictions"} if kind is ChoosesBlindly else set()
+    )
 
 
 def test_a_loss_that_is_not_a_number_is_told() -> None:

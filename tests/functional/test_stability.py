@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from lightning_ft.functional.plot_stability import plot_stability
-from lightning_ft.functional.stability import Finding, LabelCounts, StabilityRecord, Step, own_loss
+from lightning_ft.functional.stability import Finding, LabelCounts, StabilityRecord, Step, by_row, own_loss
 
 GROUPS = ["embeddings", "block.0", "block.1", "head"]
 RUNS = json.loads((Path(__file__).parent / "stability_runs.json").read_text())
@@ -183,6 +184,13 @@ def test_draws_the_norms_and_marks_the_signs(tmp_path: Path) -> None:
         plot_stability(StabilityRecord(GROUPS), tmp_path / "no.png", title="")
 
 
+def test_norms_of_nought_are_told_in_words(tmp_path: Path) -> None:
+    record = StabilityRecord(GROUPS)
+    record.add_norms(5, [0.0, math.inf, 0.0, None])
+    plot_stability(record, tmp_path / "norms.svg", title="nothing learnt")
+    assert "all norms are 0, or not finite" in (tmp_path / "norms.svg").read_text()
+
+
 def labelled(*labels: Any) -> LabelCounts:
     counts = LabelCounts()
     counts.add(labels)
@@ -224,3 +232,21 @@ def test_own_loss_is_the_standard_one() -> None:
     assert own_loss(logits, numbers) is None
     assert own_loss(logits[:, :1], classes) is None
     assert own_loss(logits, several[:, :2]) is None
+
+
+def test_scores_of_choices_are_put_side_by_side_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    scores, right = torch.randn(6, 1), torch.tensor([2, 0])
+    expected = F.cross_entropy(scores.view(2, 3), right).item()
+    assert own_loss(by_row(scores, right), right) == pytest.approx(expected, rel=1e-6)
+    others: list[tuple[Tensor, Tensor | None]] = [
+        (scores, None),
+        (scores, torch.zeros(6).long()),  # one logit for each label
+        (scores[:5], right),  # no whole number of choices
+        (scores, torch.zeros(0).long()),
+        (scores, torch.zeros(2)),
+        (scores, torch.zeros(2, 1)),
+        (torch.randn(6, 2), right),
+    ]
+    for logits, labels in others:
+        assert by_row(logits, labels) is logits

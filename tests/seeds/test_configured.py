@@ -15,20 +15,27 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 import yaml
+from lightning import Trainer
 
+from lightning_ft.callbacks.seed_pruning import SeedPruning
 from lightning_ft.cli import run
+from lightning_ft.data.multiple_choice import MultipleChoiceData
 from lightning_ft.functional.seed_pruning import cost, rung_step
+from lightning_ft.modules import MultipleChoice
 from lightning_ft.seeds.board import Board
 from lightning_ft.seeds.cells import SeedSettings
 from lightning_ft.seeds.command import _spelt, command
-from lightning_ft.seeds.configured import ConfiguredTest, ConfiguredTrain, check_seeds, configuration
+from lightning_ft.seeds.configured import ConfiguredTest, ConfiguredTrain, check_seeds, configuration, facts_of
 from lightning_ft.seeds.job import Job
 from lightning_ft.seeds.pool import Assignment, run_study
 from lightning_ft.seeds.record import SeedStudy
 from lightning_ft.seeds.storage import open_storage
 from lightning_ft.seeds.study import study_record
 from lightning_ft.seeds.worker import Patience, work
+from tests.data.test_multiple_choice_data import rows as choice_rows
+from tests.pretrained import pretrained
 from tests.seeds.kills import children
 from tests.test_cli import project
 
@@ -220,6 +227,18 @@ def test_options_have_both_spellings() -> None:
     given = ["--stop-at=0.3", "--barrier-timeout", "5", "--arguments", "--data.train a-b.jsonl --x-y 1", "--out=a-b"]
     asked = ["--stop_at=0.3", "--barrier_timeout", "5", "--arguments", "--data.train a-b.jsonl --x-y 1", "--out=a-b"]
     assert [_spelt(argument) for argument in given] == asked
+
+
+def test_what_always_answering_one_choice_scores_is_known(tmp_path: Path) -> None:
+    rows = choice_rows(8, 4)
+    rows = rows.remove_columns("label").add_column("label", [0, 2, 2, 1, 2, 1, 2, 2])
+    data = MultipleChoiceData(pretrained(tmp_path, "bert", hf.AutoModelForMultipleChoice), rows, rows, batch_size=4)
+    trainer = Trainer(max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    pruning = SeedPruning(decide=lambda *_: True)
+    trainer.callbacks.append(pruning)  # type: ignore[attr-defined]
+    trainer.fit(module := MultipleChoice(str(tmp_path)), data)
+    known = {"horizon": 2, "classes": 4, "chance": 5 / 8, "constants": [2 / 8, 1 / 8]}
+    assert facts_of(trainer, module, pruning) == known
 
 
 def test_refuses_data_without_a_seed_and_a_metric_that_is_not_logged(configured: Path) -> None:
