@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 import transformers as hf
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -104,6 +105,24 @@ def step(module: Any, *callbacks: Callback, **options: Any) -> Gradients:
     keep = Keep()
     trainer(*callbacks, keep, **options).fit(module)
     return keep.gradients
+
+
+class Numbers(DummyLogger):
+    """What is logged, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, list[float]] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append(value)
+
+
+def logged(module: Any, *callbacks: Callback, **options: Any) -> dict[str, list[float]]:
+    """What a fit logs at each step."""
+    trainer(*callbacks, logger=(numbers := Numbers()), log_every_n_steps=1, **options).fit(module)
+    return numbers.values
 
 
 def backward(module: nn.Module, loss: Tensor) -> Gradients:

@@ -21,7 +21,7 @@ from lightning_ft.callbacks.smart import SMART
 from lightning_ft.functional.smart import Ascent
 from lightning_ft.modules.token_mean import TokenMean
 from tests.callbacks.test_consistency import both_ways
-from tests.perturbing import SEED, Project, assert_same, backward, batch, bert, step, trainer
+from tests.perturbing import SEED, Project, assert_same, backward, batch, bert, logged, step, trainer
 from tests.strangers import FILTERED, Filtered, identical, outcome, weights
 
 BIG = Ascent(epsilon=0.02, sigma=0.01, step=0.05, steps=2)
@@ -75,22 +75,6 @@ def test_smart_has_the_gradients_of_the_loop_written_out(dropout: Any) -> None:
         for parameter in model.parameters():
             parameter.mul_(1.2)
     assert_same(found, written_out(model, rows, old, shared=dropout == "shared"))
-
-
-def logged(module: Any, *callbacks: Any, **options: Any) -> dict[str, list[float]]:
-    from lightning.pytorch.loggers import CSVLogger
-
-    run = trainer(*callbacks, logger=CSVLogger("unused"), log_every_n_steps=1, **options)
-    values: dict[str, list[float]] = {}
-    run.logger.save = lambda: None
-
-    def keep(metrics: dict[str, float], step: int | None = None) -> None:
-        for name, value in metrics.items():
-            values.setdefault(name, []).append(value)
-
-    run.logger.log_metrics = keep
-    run.fit(module)
-    return values
 
 
 def test_the_average_agrees_with_the_iterate_it_was_taken_from() -> None:
