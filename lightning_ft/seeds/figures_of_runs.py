@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_ft.seeds.drawing import Axes, Drawing, Point, apart, padded, swarm
-from lightning_ft.seeds.marks import Figure, Summary, counted, is_chosen, lucky, mark, metric, number, ranked, said
+from lightning_ft.seeds.marks import (
+    Figure,
+    Summary,
+    counted,
+    is_chosen,
+    listed,
+    lucky,
+    mark,
+    metric,
+    number,
+    ranked,
+    rule_of,
+    said,
+)
 
 _NOTHING = "No run has been evaluated yet."
 _LABELS = 12
 
 
 def strip(summary: Summary) -> Figure:
-    """Scores of all runs, at the rung and at the end."""
+    """Scores of all runs, at each rung and at the end."""
     study, runs, heading = summary["study"], summary["runs"], "Scores of all runs"
-    columns = [("rung", f"at step {study['rung']:,}"), ("end", f"at step {study['horizon']:,}")]
-    if study["rung"] >= study["horizon"]:
-        columns = columns[1:]
-    values = [run[name] for run in runs for name, _ in columns if run[name] is not None]
+    columns = _columns(summary)
+    values = [score for column in columns for score in column.scores if score is not None]
     lost = [run for run in runs if run["rung"] is None and not lucky(run)]
     if not values and not lost:
         return Figure("strip", heading, "", _NOTHING)
     chance = _within_sight(study["chance"], values)
-    values += [chance] * (chance is not None)
+    values += [] if chance is None else [chance]
     low, high = padded(values)
     low -= (high - low) * 0.12 * bool(lost)
     axes = Axes((-0.5, len(columns) - 0.4), (low, high), ("", metric(summary)), ticks=False)
@@ -34,18 +45,50 @@ def strip(summary: Summary) -> Figure:
     if lost:
         axes.text(axes.left + 14 + 15 * len(lost), axes.bottom - 8, "no score", "tick")
     places = _places(axes, columns, runs)
-    _links(axes, summary, places)
-    for column, (name, title) in enumerate(columns):
-        axes.text(axes.x(column), axes.bottom + 21, title, "name", "middle")
-        _mean(axes, column, summary[f"at_{name}"])
+    for run in runs:
+        if len(spots := places.get(run["number"], [])) > 1:
+            style = "link chosen-link" if is_chosen(summary, run) else "link"
+            axes.line(spots, f"run-{run['number']} {style}")
+    for i, column in enumerate(columns):
+        axes.text(axes.x(i), axes.bottom + 21, f"at step {column.step:,}", "name", "middle")
+        _mean(axes, i, column.found, len(columns))
     for run in sorted(runs, key=lambda run: is_chosen(summary, run)):
-        for x, y in places.get(run["number"], {}).values():
+        for x, y in places.get(run["number"], []):
             mark(axes, x, y, run, chosen=is_chosen(summary, run))
-    if (chosen := summary["chosen"]) and "end" in places.get(chosen["number"], {}):
-        x, y = places[chosen["number"]]["end"]
+    if (chosen := summary["chosen"]) and chosen["dev"] is not None:
+        x, y = places[chosen["number"]][-1]
         axes.text(x, y - 14, f"run {chosen['number']}, chosen", "label chosen-text", "middle")
-    caption = _strip_caption(summary, len(columns))
+    caption = _strip_caption(summary, columns)
     return Figure("strip", heading, axes.svg(f"Strip plot of {metric(summary)}. {caption}"), caption)
+
+
+class _Column(NamedTuple):
+    """Where runs are judged.
+
+    Args:
+        step: After so many steps.
+        where: The same in words.
+        scores: Of each run; None where it did not come so far.
+        found: Their mean and spread.
+    """
+
+    step: int
+    where: str
+    scores: list[float | None]
+    found: dict[str, Any]
+
+
+def _columns(summary: Summary) -> list[_Column]:
+    study, runs = summary["study"], summary["runs"]
+    end = "At the end, of the finished runs alone"
+    last = _Column(study["horizon"], end, [run["end"] for run in runs], summary["at_end"])
+    if study["rungs"][0] >= study["horizon"]:
+        return [last]
+    judged = [
+        _Column(step, f"At step {step:,}" if i else "At the rung", [run["rungs"][i] for run in runs], found)
+        for i, (step, found) in enumerate(zip(study["rungs"], summary["at_rungs"], strict=True))
+    ]
+    return [*judged, last]
 
 
 def _within_sight(chance: float | None, scores: list[float]) -> float | None:
@@ -56,44 +99,40 @@ def _within_sight(chance: float | None, scores: list[float]) -> float | None:
     return chance if min(scores) - spread / 2 <= chance <= max(scores) + spread / 2 else None
 
 
-def _places(axes: Axes, columns: list[tuple[str, str]], runs: list[dict[str, Any]]) -> dict[int, dict[str, Point]]:
-    """Where each run's marks stand, by its number and the column."""
-    places: dict[int, dict[str, Point]] = {}
-    for column, (name, _) in enumerate(columns):
-        shown = [run for run in runs if run[name] is not None]
-        heights = [axes.y(run[name]) for run in shown]
-        for run, offset, y in zip(shown, swarm(heights, 11.5, 46), heights, strict=True):
-            places.setdefault(run["number"], {})[name] = axes.x(column) + offset, y
+def _places(axes: Axes, columns: list[_Column], runs: list[dict[str, Any]]) -> dict[int, list[Point]]:
+    """Where each run's marks stand, by its number, from the left to the right."""
+    places: dict[int, list[Point]] = {}
+    for i, column in enumerate(columns):
+        shown = [(run, axes.y(score)) for run, score in zip(runs, column.scores, strict=True) if score is not None]
+        offsets = swarm([y for _, y in shown], 11.5, 92 / max(2, len(columns)))
+        for (run, y), offset in zip(shown, offsets, strict=True):
+            places.setdefault(run["number"], []).append((axes.x(i) + offset, y))
     return places
 
 
-def _links(axes: Axes, summary: Summary, places: dict[int, dict[str, Point]]) -> None:
-    for run in summary["runs"]:
-        spots = places.get(run["number"], {})
-        if len(spots) == 2:
-            style = "link chosen-link" if is_chosen(summary, run) else "link"
-            axes.line(spots.values(), f"run-{run['number']} {style}")
-
-
-def _mean(axes: Axes, column: int, found: dict[str, Any]) -> None:
+def _mean(axes: Axes, place: int, found: dict[str, Any], columns: int) -> None:
     """A bar of mean ± standard deviation, beside the marks."""
     if found["std"] is None:
         return
-    x, title = axes.x(column) - 76, f"mean {number(found['mean'])} ± {number(found['std'], 3)}"
+    x = axes.x(place) - 152 / max(2, columns)
+    title = f"mean {number(found['mean'])} ± {number(found['std'], 3)}"
     low, mid, high = (axes.y(found["mean"] + sign * found["std"]) for sign in (-1, 0, 1))
     axes.line([(x, low), (x, high)], "spread", title)
     axes.line([(x - 6, mid), (x + 6, mid)], "spread", title)
-    axes.text(x, low + 16, f"mean {number(found['mean'], 3)}", "tick", "middle")
+    if columns < 3:  # among more there is no room
+        axes.text(x, low + 16, f"mean {number(found['mean'], 3)}", "tick", "middle")
 
 
-def _strip_caption(summary: Summary, columns: int) -> str:
+def _strip_caption(summary: Summary, columns: list[_Column]) -> str:
     parts = ["One mark a run."]
-    if columns == 2 and summary["at_end"]["count"]:
+    if len(columns) > 2:
+        parts.append("A line joins the scores of a run that went on.")
+    elif len(columns) == 2 and summary["at_end"]["count"]:
         parts.append("A line joins the two scores of a run that was finished.")
-    for name, where in (("at_rung", "At the rung"), ("at_end", "At the end, of the finished runs alone")):
-        found = summary[name]
-        if found["std"] is not None and (columns == 2 or name == "at_end"):
-            parts.append(f"{where}: {number(found['mean'])} ± {number(found['std'], 3)} (mean ± standard deviation).")
+    for column in columns:
+        if (std := column.found["std"]) is not None:
+            said = f"{number(column.found['mean'])} ± {number(std, 3)}"
+            parts.append(f"{column.where}: {said} (mean ± standard deviation).")
     if (chance := summary["study"]["chance"]) is not None:
         parts.append(f"Always the commonest class: {number(chance, 3)}.")
     if bad := sum(not lucky(run) for run in summary["runs"]):
@@ -109,11 +148,12 @@ def learning_curves(summary: Summary) -> Figure:
         return Figure("curves", heading, "", _NOTHING)
     scores = [score for run in runs for _, score, _ in run["evaluations"] if score is not None]
     axes = Axes((0, study["horizon"]), padded(scores), ("optimiser step", metric(summary)), right=66)
-    stops = study["rung"] < study["horizon"]
-    if stops:
-        x = axes.x(study["rung"])
+    rungs = [step for step in study["rungs"] if step < study["horizon"]]
+    for x in map(axes.x, rungs):
         axes.line([(x, axes.top), (x, axes.bottom)], "rung")
-        axes.text(x + 6, axes.bottom - 9, f"ranked here: the best {study['keep']} go on", "tick")
+    if rungs:
+        here = f"one in {study['reduction']} goes on" if study["reduction"] else f"the best {study['keep']} go on"
+        axes.text(axes.x(rungs[0]) + 6, axes.bottom - 9, f"ranked here: {here}", "tick")
     ends = []
     for run in reversed(ranked({**summary, "runs": runs})):
         points = [None if score is None else axes.at(step, score) for step, score, _ in run["evaluations"]]
@@ -126,10 +166,11 @@ def learning_curves(summary: Summary) -> Figure:
     for ((x, _), run), y in zip(ends, apart([y for (_, y), _ in ends], 15, axes.top, axes.bottom), strict=True):
         axes.text(x + 10, y + 4, f"run {run['number']}", f"label {_style(summary, run)}-text")
     caption = f"{study['metric']} on the dev set at each evaluation, a line for each run."
-    if stops:
+    if rungs:
+        ranked_by = f"each run is judged: {rule_of(study)}" if study["reduction"] else "runs are ranked"
         caption += (
-            f" At step {study['rung']:,} of {study['horizon']:,} runs are ranked; the learning rate follows the full "
-            "run's schedule from the start."
+            f" At step {listed(rungs)} of {study['horizon']:,} {ranked_by}; the learning rate follows the full run's "
+            "schedule from the start."
         )
     return Figure("curves", heading, axes.svg(f"Line plot. {caption}"), caption)
 

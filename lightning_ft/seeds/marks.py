@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning_ft.seeds.drawing import Drawing
@@ -37,6 +38,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def listed(steps: Sequence[int]) -> str:
+    """Such as "10", "10 and 20", "10, 20 and 1,000"."""
+    *others, last = (f"{step:,}" for step in steps)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def rule_of(study: dict[str, Any]) -> str:
+    """What ASHA does at a rung."""
+    return f"one in {study['reduction']} goes on, the best of those that came as far before"
+
+
 def metric(summary: Summary) -> str:
     """The metric's name, and which end of it is good where that is not the usual one."""
     study = summary["study"]
@@ -68,7 +80,8 @@ def ranked(summary: Summary) -> list[dict[str, Any]]:
 def said(run: dict[str, Any]) -> str:
     """A run in one line, for whoever points at it."""
     why = f" ({run['reason']})" if run["reason"] else ""
-    scores = f"at the rung {number(run['rung'])}"
+    judged = [score for score in run["rungs"] if score is not None] or [None]
+    scores = f"at the rung{'s' * (len(judged) > 1)} {', '.join(map(number, judged))}"
     if run["end"] is not None:
         scores += f", at the end {number(run['end'])}"
     seeds = f"init {run['init']}, order {run['order']}, dropout {run['dropout']}"

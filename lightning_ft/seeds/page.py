@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_ft.seeds.figures_of_runs import grid, learning_curves, strip
 from lightning_ft.seeds.figures_of_study import cost, expected_best, variance
-from lightning_ft.seeds.marks import Figure, Summary, counted, lucky, metric, number
+from lightning_ft.seeds.marks import Figure, Summary, counted, listed, lucky, metric, number, rule_of
 from lightning_ft.seeds.run_table import run_table
 from lightning_ft.seeds.style import STYLE, highlight
 
@@ -62,13 +62,13 @@ def lead(summary: Summary) -> str:
     """The study in two sentences."""
     study, count = summary["study"], len(summary["runs"])
     text = f"One configuration, {counted(count, 'run')} of different seeds, judged by {metric(summary)}."
-    if study["rung"] >= study["horizon"]:
-        return f"{text} Each has {study['horizon']:,} optimiser steps."
-    how = "the best" if study["rule"] == "rung" else f"by the rule {study['rule']} the best"
-    return (
-        f"{text} Ranked after {study['rung']:,} of {study['horizon']:,} optimiser steps; {how} {study['keep']} "
-        f"{'is' if study['keep'] == 1 else 'are'} finished."
-    )
+    steps = counted(study["horizon"], "optimiser step")
+    if study["rungs"][0] >= study["horizon"]:
+        return f"{text} Each has {steps}."
+    if study["reduction"]:
+        return f"{text} Judged after {listed(study['rungs'])} of {steps}; {rule_of(study)}."
+    verb = "is" if study["keep"] == 1 else "are"
+    return f"{text} Ranked after {listed(study['rungs'])} of {steps}; the best {study['keep']} {verb} finished."
 
 
 def notice(summary: Summary) -> str:
@@ -99,7 +99,7 @@ def _facts(summary: Summary) -> str:
 
 def _headline(summary: Summary) -> list[tuple[str, str, str]]:
     """The study's main numbers, each with its name and a note. The one place that says the test score."""
-    chosen, rung, spent = summary["chosen"], summary["at_rung"], summary["cost"]
+    chosen, rung, spent = summary["chosen"], summary["at_rungs"][0], summary["cost"]
     of_all = f"of {counted(len(summary['runs']), 'run')}"
     deviation = f"± {number(rung['std'], 2)}, {number(rung['low'], 3)} to {number(rung['high'], 3)}"
     facts = [("Chosen run", "–", "none yet")]

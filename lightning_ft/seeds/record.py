@@ -70,13 +70,15 @@ class SeedStudy:
         metric: The logged value that ranks, such as ``"val_accuracy"``.
         mode: Whether the metric is best high or low.
         horizon: T, optimiser steps of a full run.
-        stop_at: f, the fraction of T after which runs are ranked.
+        stop_at: f, the fraction of T after which runs are ranked, or first judged.
         keep: p, how many are finished.
         rule: ``"rung"`` (all are ranked together) or ``"asha"``.
         chance: The score of a run that always answers the commonest class, where it is known.
         runs: In order of their numbers.
         chosen: Number of the run with the best last evaluation among the finished; None while there is none.
         settings: What else the study is told by, plain: configuration, threads, seeds.
+        later: The further fractions at which ASHA judges.
+        reduction: η of ASHA: one run of so many goes on; None for ``"rung"``.
     """
 
     name: str
@@ -90,6 +92,8 @@ class SeedStudy:
     runs: tuple[SeedRun, ...] = ()
     chosen: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    later: tuple[float, ...] = ()
+    reduction: int | None = None
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
@@ -104,4 +108,4 @@ class SeedStudy:
             SeedRun(**{**run, "evaluations": tuple(Evaluation(**one) for one in run["evaluations"])})
             for run in data.pop("runs")
         )
-        return cls(runs=runs, **data)
+        return cls(runs=runs, later=tuple(data.pop("later", ())), **data)

@@ -44,8 +44,8 @@ def _facts(summary: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"runs": f"{len(summary['runs'])} ({states})" if states else "none"}
     if text := notice(summary):
         facts["note"] = text
-    for name, where in (("at_rung", f"at step {study['rung']:,}"), ("at_end", "of finished runs")):
-        found = summary[name]
+    judged = [(f"at step {step:,}", found) for step, found in zip(study["rungs"], summary["at_rungs"], strict=True)]
+    for where, found in [*judged, ("of finished runs", summary["at_end"])]:
         if found["std"] is not None:
             facts[f"{study['metric']} {where}"] = f"{number(found['mean'])} ± {number(found['std'], 3)}"
     facts |= _variance(summary["variance"])

@@ -49,6 +49,8 @@ def study_record(storage: BaseStorage, name: str, out: Path | None = None) -> Se
             **{name: getattr(settings, name) for name in ("runs", "design", "dropout", "seed", "threads", "loss")},
             **settings.told,
         },
+        later=tuple(settings.rungs[1:]),
+        reduction=settings.reduction if settings.rule == "asha" else None,
     )
 
 

@@ -32,6 +32,7 @@ def summarise(study: SeedStudy) -> dict[str, Any]:
     over = bool(study.runs) and all(run.state in OVER for run in study.runs)
     runs = [_run(study, run) for run in study.runs]
     counts = Counter(run.state for run in study.runs)
+    lucky = [run for run in runs if run["state"] not in _LUCKLESS]
     return {
         "study": {
             "name": study.name,
@@ -39,17 +40,18 @@ def summarise(study: SeedStudy) -> dict[str, Any]:
             "mode": study.mode,
             "horizon": study.horizon,
             "stop_at": study.stop_at,
-            "rung": rung_step(study.horizon, study.stop_at),
+            "rungs": _rungs(study),
             "keep": study.keep,
             "rule": study.rule,
+            "reduction": study.reduction,
             "chance": study.chance,
             "settings": _plain(study.settings),
         },
         "over": over,
         "states": dict(counts),
         "chosen": _chosen(study),
-        "at_rung": _spread([run["rung"] for run in runs if run["state"] not in _LUCKLESS]),
-        "at_end": _spread([run["end"] for run in runs if run["state"] not in _LUCKLESS]),
+        "at_rungs": [_spread([run["rungs"][i] for run in lucky]) for i in range(len(_rungs(study)))],
+        "at_end": _spread([run["end"] for run in lucky]),
         "variance": _variance(runs),
         "grid": _grid(runs),
         "expected_best": _expected(study, runs, over),
@@ -58,13 +60,19 @@ def summarise(study: SeedStudy) -> dict[str, Any]:
     }
 
 
+def _rungs(study: SeedStudy) -> list[int]:
+    """The steps after which runs are judged."""
+    return [rung_step(study.horizon, share) for share in (study.stop_at, *study.later)]
+
+
 def _run(study: SeedStudy, run: SeedRun) -> dict[str, Any]:
-    last, rung = run.last, _at_rung(study, run)
+    last, rungs = run.last, [None if one is None else _finite(one.score) for one in _at_rungs(study, run)]
     done = {name: value for name, value in asdict(run).items() if name not in ("test", "checkpoint", "evaluations")}
     return done | {
         "number": int(run.number),  # it names classes in a page
         "seconds": _finite(run.seconds),
-        "rung": None if rung is None else _finite(rung.score),
+        "rung": rungs[0],
+        "rungs": rungs,
         "end": _finite(last.score) if last is not None and _ended(study, run) else None,
         "last": None if last is None else _finite(last.score),
         "loss": None if last is None else _finite(last.loss),
@@ -79,11 +87,12 @@ def _ended(study: SeedStudy, run: SeedRun) -> bool:
     )
 
 
-def _at_rung(study: SeedStudy, run: SeedRun) -> Evaluation | None:
-    """The evaluation that ranks a run; the last one of a run that did not come as far."""
-    step = rung_step(study.horizon, study.stop_at)
-    early = run.last if run.state in ("stopped", "collapsed") else None
-    return next((one for one in run.evaluations if one.step >= step), early)
+def _at_rungs(study: SeedStudy, run: SeedRun) -> list[Evaluation | None]:
+    """The evaluations that judge a run. The first is the last one of a run that ended before it."""
+    found = [next((one for one in run.evaluations if one.step >= step), None) for step in _rungs(study)]
+    if run.state in ("stopped", "collapsed"):
+        found[0] = found[0] or run.last
+    return found
 
 
 def _chosen(study: SeedStudy) -> dict[str, Any] | None:

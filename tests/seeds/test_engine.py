@@ -444,7 +444,10 @@ def test_asha_stops_at_rungs_and_finishes_few(tmp_path: Path) -> None:
     assert study.runs[study.chosen or 0].last.score == max(  # type: ignore[union-attr]
         run.last.score for run in study.runs if run.state == "finished" and run.last is not None
     )
-    assert SeedSettings(runs=16, keep=8, stop_at=0.1, rule="asha").rungs == [0.1, 0.2, 0.4, 0.8]
+    assert (study.later, study.reduction) == ((), 4)
+    often = study_record(board(tmp_path / "often", runs=16, keep=8, stop_at=0.1, rule="asha").storage, "toys")
+    assert (often.stop_at, *often.later) == (0.1, 0.2, 0.4, 0.8)
+    assert often.reduction == 2
 
 
 # ---- the journal

@@ -31,7 +31,7 @@ STUDIES = {
     "a single run": SINGLE,
     "paired": PAIRED,
     "all in full": replace(grid(keep=6), stop_at=1.0),
-    "asha": replace(grid(), rule="asha"),
+    "asha": replace(grid(), rule="asha", later=(0.5,), reduction=2),
     "many": study({(i, j): 0.5 + 0.001 * (i * j % 7) for i in range(15) for j in range(15)}, keep=50),
     "equal scores": study({(i, j): 0.5 for i in range(3) for j in range(2)}),
     "huge losses": replace(study({(i, 0): 1e12 * (i + 1) for i in range(4)}, mode="min"), chance=-1e9),
@@ -133,9 +133,9 @@ def test_collapsed_and_failed_runs_are_in_no_mean(tmp_path: Path) -> None:
     found = STUDIES["some bad"]
     good = [run.evaluations[1].score for run in found.runs[3:]]
     html, data, _ = written(found, tmp_path)
-    assert data["at_rung"]["count"] == 9
-    assert data["at_rung"]["mean"] == pytest.approx(mean(good))
-    assert data["at_rung"]["std"] == pytest.approx(stdev(good))
+    assert data["at_rungs"][0]["count"] == 9
+    assert data["at_rungs"][0]["mean"] == pytest.approx(mean(good))
+    assert data["at_rungs"][0]["std"] == pytest.approx(stdev(good))
     assert data["variance"]["runs"] == 9
     assert data["variance"]["left_out"] == 3
     assert "3 runs collapsed or failed (×)" in html
@@ -179,7 +179,24 @@ def test_the_score_at_the_rung_is_that_of_its_step() -> None:
     assert (seen["rung"], seen["end"]) == (0.3, 0.7)
     early = replace(run, evaluations=(at(7, 0.9),), state="running")
     assert summarise(replace(found, runs=(early, *found.runs[1:])))["runs"][0]["rung"] is None
-    assert summarise(replace(found, horizon=100, stop_at=0.07))["study"]["rung"] == 7  # 0.07 * 100 > 7
+    assert summarise(replace(found, horizon=100, stop_at=0.07))["study"]["rungs"] == [7]  # 0.07 * 100 > 7
+
+
+def test_asha_judges_more_than_once(tmp_path: Path) -> None:
+    found = summarise(STUDIES["asha"])
+    assert found["study"]["rungs"] == [10, 20]
+    first = [run.evaluations[1].score for run in grid().runs]
+    finished = [run.evaluations[2].score for run in grid().runs if run.state == "finished"]
+    assert [run["rungs"][0] for run in found["runs"]] == first
+    assert [run["rungs"][1] for run in found["runs"] if run["rungs"][1] is not None] == finished
+    assert [one["mean"] for one in found["at_rungs"]] == pytest.approx([mean(first), mean(finished)])
+    html, _, text = written(STUDIES["asha"], tmp_path)
+    assert "Judged after 10 and 20 of 40 optimiser steps; one in 2 goes on, the best of those" in html
+    assert "at step 20" in html
+    assert f"At step 20: {mean(finished):.4f}" in html
+    assert f"val_accuracy at step 20: {mean(finished):.4f}" in text
+    strip = html[html.index('id="strip"') : html.index('id="curves"')]
+    assert len(re.findall(r'class="run-\d+ mark ', strip)) == len(first) + 2 * len(finished)
 
 
 def test_a_grid_is_shown_as_one_and_others_are_not() -> None:
@@ -237,3 +254,5 @@ def test_what_was_saved_reads_back(tmp_path: Path) -> None:
     found.save(tmp_path / "study.json")
     read = SeedStudy.load(tmp_path / "study.json")
     assert summarise(read) == summarise(found)
+    STUDIES["asha"].save(tmp_path / "asha.json")
+    assert SeedStudy.load(tmp_path / "asha.json") == STUDIES["asha"]
