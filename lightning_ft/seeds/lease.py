@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
@@ -160,7 +161,7 @@ class Watch:
 
 @contextmanager
 def name_of_worker(out: Path) -> Iterator[str]:
-    """A name that no other living worker of this machine has; it returns to use as soon as its owner dies.
+    """A name that no other living worker has, on whichever machine; it returns to use as soon as its owner dies.
 
     Args:
         out: The folder of the study.
@@ -170,7 +171,7 @@ def name_of_worker(out: Path) -> Iterator[str]:
     try:
         import fcntl
     except ImportError:  # a name that never returns: what its owner leaves waits for the lease to end
-        yield f"{host}-{os.getpid()}"
+        yield f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
         return
     for number in range(1000):
         handle = os.open(folder / f"{host}-{number}.lock", os.O_RDWR | os.O_CREAT, 0o666)
@@ -180,7 +181,11 @@ def name_of_worker(out: Path) -> Iterator[str]:
             os.close(handle)
             continue
         try:
-            yield f"{host}-{number}"
+            # Another folder may stand on a machine of the same name, and its workers work at the same study.
+            if len(mark := os.read(handle, 6)) < 6:
+                mark = secrets.token_hex(3).encode()
+                os.pwrite(handle, mark, 0)
+            yield f"{host}-{number}-{mark.decode()}"
         finally:
             os.close(handle)
         return

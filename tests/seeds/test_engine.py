@@ -259,6 +259,16 @@ def test_a_name_returns_when_its_owner_ends(tmp_path: Path) -> None:
         assert again == first
 
 
+def test_an_idle_worker_of_another_folder_takes_nothing_over(tmp_path: Path) -> None:
+    """Machines may have one name, and their workers one storage: what a name holds is not of whoever has it there."""
+    shared = board(tmp_path, runs=1, keep=1)
+    shared.enqueue([Cell(0, "rung")])
+    with name_of_worker(tmp_path / "here") as mine, name_of_worker(tmp_path / "there") as other:
+        assert shared.claim(mine) is not None
+        assert Watch(shared, 60).bury(other, shared.trials()) == 0
+        assert Watch(shared, 60).bury(mine, shared.trials()) == 1
+
+
 def test_a_run_goes_on_from_the_checkpoint_of_the_attempt_that_died(tmp_path: Path) -> None:
     class Dies(ToyTrain):
         def __call__(self, job: Job) -> Any:
