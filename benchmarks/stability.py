@@ -294,8 +294,9 @@ def draw(results: Results, path: Path) -> None:
             # Runs of one accuracy, side by side.
             seen = Counter[float]()
             for one in runs:
-                place = x + 0.09 * (seen[one["accuracy"]] + 1) // 2 * (-1) ** seen[one["accuracy"]]
+                number = seen[one["accuracy"]]
                 seen[one["accuracy"]] += 1
+                place = x + 0.09 * ((number + 1) // 2) * (-1) ** number
                 style = {"marker": "x", "color": "#bb3333"} if failed(one) else {"marker": "o", "color": "#33669988"}
                 panel.scatter(place, 100 * one["accuracy"], s=26, **style)
             average = 100 * mean(one["accuracy"] for one in runs)
