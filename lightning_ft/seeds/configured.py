@@ -182,8 +182,7 @@ def facts_of(trainer: Trainer, module: LightningModule, pruning: SeedPruning) ->
 def _constants(
     module: SequenceClassification | MultipleChoice, labels: torch.Tensor, classes: int, metric: str, most: int = 10
 ) -> list[float]:
-    """The scores of models that always answer one class, or choice: the commonest, the next, ...; none if it is no such
-    metric."""
+    """Scores of always answering one class, or choice: the commonest, the next, ...; none if it is no such metric."""
     scores = []
     for chosen in labels.bincount(minlength=1).argsort(descending=True)[:most].tolist():
         metrics = module.val_metrics.clone().cpu()
