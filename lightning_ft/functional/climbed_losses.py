@@ -14,9 +14,6 @@ from lightning_ft.functional.passes import Seen
 from lightning_ft.functional.perturbation import differentiate, gradient_of, or_zeros
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings
 
-# A power of two, which changes no bit where nothing under- or overflows.
-_SCALE = 2.0**10
-
 
 class ClimbedLosses:
     """Adds up losses, each of which says in passing where its perturbation δ should go.
@@ -52,7 +49,7 @@ class ClimbedLosses:
         leaves = leaves_of(loss, without=deltas)
         if self._words.sharded or not all(_plain(leaf, loss) for leaf in leaves) or self._in_fp16(loss):
             self._losses.append(loss)
-            return gradient_of(loss, deltas, scale=_SCALE, keep=True)
+            return gradient_of(loss, deltas, keep=True)
         # Kept, since passes may share a part (weights that are computed once); it goes when nothing refers to it.
         found = differentiate(loss, [*deltas, *leaves], keep=True)
         seen.loss = loss.detach()

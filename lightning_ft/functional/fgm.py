@@ -11,8 +11,6 @@ from lightning_ft.functional.perturbation import direction, gradient_of, project
 from lightning_ft.functional.perturbed_embeddings import PerturbedEmbeddings, Place
 from lightning_ft.functional.r3f import Dropout
 
-_SCALE = 2.0**10
-
 
 def fgm(
     words: PerturbedEmbeddings, epsilon: float = 1.0, *, weight: float = 1.0, dropout: Dropout = "shared"
@@ -63,7 +61,7 @@ def pgd(
     clean = ClimbedLosses(words)
     for k in range(steps):
         # The clean pass is part of the loss; those in between serve the ascent alone.
-        gradients = gradient_of(seen.scalar, words.deltas, scale=_SCALE) if k else clean.add(seen)
+        gradients = gradient_of(seen.scalar, words.deltas) if k else clean.add(seen)
         moved = [
             project(d.detach() + step_size * direction(g * place.mask), epsilon)
             for d, g, place in zip(words.deltas, gradients, words.places, strict=True)

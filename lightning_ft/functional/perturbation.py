@@ -174,14 +174,14 @@ def mtdnn_divergence(logits: Tensor, target: Tensor, epsilon: float = 1e-6) -> T
     return (p * (r_p - r_q) * 2).sum()
 
 
-def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 1.0, keep: bool = False) -> list[Tensor]:
+def gradient_of(loss: Tensor, deltas: Sequence[Tensor], *, scale: float = 2.0**10, keep: bool = False) -> list[Tensor]:
     """∂loss/∂δ and nothing else: no parameter's ``.grad`` is touched, and none of its hooks runs.
 
     Args:
         loss: A scalar.
         deltas: Leaves that it depends on.
         scale: The loss is multiplied by it, and the gradients are left so: only their direction counts. Under fp16
-            they would underflow without.
+            they would underflow without. A power of two changes no bit where nothing under- or overflows.
         keep: Whether the graph is needed again.
 
     Raises:

@@ -131,7 +131,7 @@ def test_noise_has_the_size_that_is_said(kind: str, deviation: float) -> None:
 
 def test_a_gradient_touches_no_parameter() -> None:
     weight, delta = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
-    assert gradient_of((weight * (2 + delta)).sum(), [delta])[0].item() == 1
+    assert gradient_of((weight * (2 + delta)).sum(), [delta], scale=1.0)[0].item() == 1
     assert weight.grad is None
     assert delta.grad is None
     assert gradient_of(weight.sum(), [delta])[0].item() == 0
