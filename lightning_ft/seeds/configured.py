@@ -24,7 +24,6 @@ from lightning_ft.callbacks import ExactResume
 from lightning_ft.callbacks.seed_pruning import SeedPruning
 from lightning_ft.cli import FineTuningCLI, run
 from lightning_ft.data import TextData
-from lightning_ft.data.multiple_choice import ChoiceRows
 from lightning_ft.modules import MultipleChoice, SequenceClassification
 from lightning_ft.seeds.job import Job, LeaseLostError, Progress
 from lightning_ft.seeds.rank import JOB
@@ -166,21 +165,23 @@ def facts_of(trainer: Trainer, module: LightningModule, pruning: SeedPruning) ->
         raise ValueError("a study needs a training with an end: set trainer.max_epochs, or trainer.max_steps")
     facts: dict[str, Any] = {"horizon": int(pruning.horizon)}
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    rows = data.need("val") if isinstance(data, TextData) else None
-    if isinstance(module, SequenceClassification) and module.problem == "single_label" and rows is not None:
-        classes = len(module.labels)
-    elif isinstance(module, MultipleChoice) and isinstance(rows, ChoiceRows):
-        classes = rows.count
+    if not isinstance(data, TextData):
+        return facts
+    if isinstance(module, SequenceClassification) and module.problem == "single_label":
+        rows = data.need("val")
+        classes, most = len(module.labels), 10
+    elif isinstance(module, MultipleChoice):
+        # A model that tells no choices apart takes now this one, now that: a score as of always the third is luck.
+        rows = data.need("val")
+        classes, most = rows.count, 1
     else:
         return facts
-    constants = _constants(module, rows[list(range(len(rows)))]["labels"], classes, pruning.monitor)
-    # A model that tells no choices apart takes now this one, now that: a score as of always the third is luck.
-    others = constants[1:] if isinstance(module, SequenceClassification) else []
-    return facts | {"classes": classes, "chance": next(iter(constants), None), "constants": others}
+    constants = _constants(module, rows[list(range(len(rows)))]["labels"], classes, pruning.monitor, most)
+    return facts | {"classes": classes, "chance": next(iter(constants), None), "constants": constants[1:]}
 
 
 def _constants(
-    module: SequenceClassification | MultipleChoice, labels: torch.Tensor, classes: int, metric: str, most: int = 10
+    module: SequenceClassification | MultipleChoice, labels: torch.Tensor, classes: int, metric: str, most: int
 ) -> list[float]:
     """Scores of always answering one class, or choice: the commonest, the next, ...; none if it is no such metric."""
     scores = []
